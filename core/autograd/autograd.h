@@ -1,0 +1,67 @@
+/* autograd.h: how an op records itself, and how it finds again what it saved.
+ *
+ * A node belongs to the tensor that it made. It owns what it saved and points back to the nodes (or leaves) of its
+ * inputs; nothing points forward. An op's forward ends with
+ *
+ *     if (autograd_record(&op, y, inputs, count, slots, sizeof payload, &node)) return tensor_fail(y);
+ *     if (node) { autograd_save(node, 0, x); payload = node->payload; ... }
+ *
+ * and its backward writes into dx[k] a new reference to the gradient of input k, for each k that autograd_needs. */
+#ifndef OREPA_CORE_AUTOGRAD_H
+#define OREPA_CORE_AUTOGRAD_H
+
+#include "tensor/tensor.h"
+
+typedef struct {
+  const char *name;
+  /* 0, or -1 with a message; what stands in dx is released by the caller either way. */
+  int (*backward)(autograd_node *node, orepa_tensor *dy, orepa_tensor **dx);
+  /* Frees what the payload owns; may be NULL. */
+  void (*dispose)(void *payload);
+} autograd_op;
+
+typedef struct {
+  orepa_tensor tensor; /* a handle without node, in place; its storage is NULL if the slot is empty */
+  uint64_t version;
+} autograd_saved;
+
+/* Where a gradient goes: to a node, or to a leaf's grad, or nowhere. */
+typedef struct {
+  autograd_node *node;
+  orepa_tensor *leaf;
+} autograd_edge;
+
+struct autograd_node {
+  const autograd_op *op;
+  uint64_t order; /* of making: a node is younger than all it points to */
+  atomic_int references;
+  int inputs;
+  autograd_edge *edges;
+  int slots;
+  autograd_saved *saved;
+  orepa_tensor *gradient; /* while a backward pass is under way */
+  autograd_node *next;    /* in the list of nodes being freed */
+  bool used;              /* by a backward pass that freed it */
+  void *payload;
+};
+
+/* Makes y's node if a graph is being recorded and some input requires a gradient; else *node is NULL. An input may be
+ * NULL. The node has `slots` for saved tensors and a zeroed payload. */
+int autograd_record(const autograd_op *op, orepa_tensor *y, orepa_tensor *const *inputs, int count, int slots,
+                    size_t payload_bytes, autograd_node **node);
+/* Whether autograd_record would make a node. */
+bool autograd_wanted(orepa_tensor *const *inputs, int count);
+/* Saves a tensor's storage, never its node. NULL is allowed. */
+void autograd_save(autograd_node *node, int slot, orepa_tensor *t);
+/* Borrowed; NULL and a message if it was changed since. (A slot that holds nothing gives NULL too, without one.) */
+orepa_tensor *autograd_saved_tensor(autograd_node *node, int slot);
+bool autograd_needs(const autograd_node *node, int input);
+
+/* In-place ops: may `t` be written by `op`, given whether the result is recorded? 0, or -1 with a message. */
+int autograd_check_in_place(const char *op, orepa_tensor *t, bool recorded);
+/* Moves the history of t behind the node of `made`, an alias of t that an op recorded: t is now what the op made. */
+void autograd_rebase(orepa_tensor *t, orepa_tensor *made);
+
+void autograd_node_release(autograd_node *node);
+
+#endif

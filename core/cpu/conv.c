@@ -1,0 +1,271 @@
+/* conv.c: convolution in its three directions: sizes taken from the arrays, the fastest way chosen for them, and around
+ * it what every way needs (an input normalised first, a dense bias, empty arrays).
+ *
+ * The ways, for float32: by positions on small maps; oneDNN's kernels; by lowering. For bfloat16: oneDNN's. The choice
+ * was measured; conv_way says when which is the fastest. */
+#include <string.h>
+
+#include "cpu/conv.h"
+#include "cpu/features.h"
+#include "cpu/onednn.h"
+#include "cpu/scratch.h"
+
+#define DECLARE(entry) __typeof__(*((orepa_device *)0)->entry) cpu_##entry
+DECLARE(conv_forward);
+DECLARE(conv_backward_data);
+DECLARE(conv_backward_weight);
+#undef DECLARE
+
+/* ---- sizes ---- */
+
+static conv_geometry geometry_of(const orepa_conv *conv, const device_array *x, const device_array *w,
+                                 const device_array *y) {
+  conv_geometry g = {.dtype = x->dtype, .batch = x->shape[0], .groups = conv->groups};
+  g.in = w->shape[1];
+  g.out = w->shape[0] / conv->groups;
+  for (int axis = 0; axis < 2; axis++) {
+    g.size[axis] = x->shape[2 + axis];
+    g.kernel[axis] = w->shape[2 + axis];
+    g.result[axis] = y->shape[2 + axis];
+    g.stride[axis] = conv->stride[axis];
+    g.padding[axis] = conv->padding[axis];
+    g.dilation[axis] = g.kernel[axis] == 1 ? 1 : conv->dilation[axis];
+  }
+  return g;
+}
+
+static int64_t count(const device_array *a) {
+  int64_t elements = 1;
+  for (int d = 0; d < a->rank; d++)
+    elements *= a->shape[d];
+  return elements;
+}
+
+static bool supported(const device_array *x, const device_array *w, const device_array *y, const device_array *bias) {
+  return (x->dtype == OREPA_FLOAT32 || x->dtype == OREPA_BFLOAT16) && w->dtype == x->dtype && y->dtype == x->dtype &&
+         (!bias || bias->dtype == x->dtype);
+}
+
+/* ---- which way ---- */
+
+typedef enum { BY_POSITIONS, BY_LOWERING, BY_ONEDNN } conv_way;
+
+enum { LEAST_RUN = 128 /* numbers side by side in a patch, from which gathering patches is cheap */ };
+
+/* oneDNN's kernels for AVX-512 are as fast as a product. Those for AVX2 lose to it where they step over pixels and in
+ * the weight gradient, unless the patches are crumbs (first layers, depthwise). */
+static conv_way preferred(conv_direction direction, const conv_geometry *g) {
+  if (g->dtype != OREPA_FLOAT32)
+    return BY_ONEDNN;
+  if (conv_positions_suit(direction, g))
+    return BY_POSITIONS;
+  bool strided = g->stride[0] > 1 || g->stride[1] > 1;
+  bool lowers = cpu_isa_used() != CPU_AVX512 && g->groups == 1 && g->kernel[1] * g->in >= LEAST_RUN;
+  return lowers && (strided || direction == CONV_BACKWARD_WEIGHT) ? BY_LOWERING : BY_ONEDNN;
+}
+
+/* The way and its scratch: float32 is lowered where oneDNN has nothing good. */
+static device_status choose(conv_direction direction, const conv_geometry *g, bool has_bias, conv_way *way,
+                            size_t *bytes) {
+  *way = preferred(direction, g);
+  *bytes = 0;
+  if (*way == BY_ONEDNN) {
+    device_status status = onednn_conv_scratch(direction, g, has_bias, bytes);
+    if (status != DEVICE_UNSUPPORTED || g->dtype != OREPA_FLOAT32)
+      return status;
+    *way = BY_LOWERING;
+  }
+  if (*way != BY_ONEDNN)
+    *bytes = *way == BY_POSITIONS ? conv_positions_scratch(direction, g) : conv_lowered_scratch(g);
+  return DEVICE_DONE;
+}
+
+/* ---- one convolution ---- */
+
+/* A convolution on its way: what is planned before scratch is taken, and the pointers. */
+typedef struct {
+  conv_direction direction;
+  conv_geometry g;    /* as it is computed */
+  conv_geometry seen; /* of the points that a strided 1x1 sees; g is then that of the points alone */
+  bool takes_points;
+  conv_way way;
+  cpu_scratch scratch;
+  size_t own, points, normal, lent, dense_bias; /* places */
+  size_t lent_bytes;
+  void *x, *w, *y;
+  const void *bias;
+} conv_work;
+
+static bool is_strided_point(const conv_geometry *g) {
+  return conv_is_point(g) && (g->stride[0] > 1 || g->stride[1] > 1 || g->padding[0] || g->padding[1]);
+}
+
+/* The same with the points as its map. */
+static conv_geometry of_points(const conv_geometry *g) {
+  conv_geometry points = *g;
+  for (int axis = 0; axis < 2; axis++) {
+    points.size[axis] = g->result[axis];
+    points.stride[axis] = 1;
+    points.padding[axis] = 0;
+  }
+  return points;
+}
+
+static device_status plan(conv_work *c, bool has_bias) {
+  size_t bytes, size = orepa_dtype_size((orepa_dtype)c->g.dtype);
+  c->takes_points = is_strided_point(&c->g) && preferred(c->direction, &c->g) != BY_POSITIONS;
+  if (c->takes_points) {
+    c->seen = c->g;
+    c->g = of_points(&c->seen);
+    int64_t points = c->g.batch * c->g.groups * c->g.in * c->g.size[0] * c->g.size[1];
+    c->points = scratch_place(&c->scratch, (size_t)points * size);
+  }
+  device_status status = choose(c->direction, &c->g, has_bias, &c->way, &bytes);
+  c->own = scratch_place(&c->scratch, bytes);
+  return status;
+}
+
+/* What is planned, with scratch taken and x, w, y and bias set. */
+static device_status compute(conv_work *c) {
+  void *own = c->scratch.memory + c->own, *x = c->x;
+  size_t size = orepa_dtype_size((orepa_dtype)c->g.dtype);
+  device_status status;
+  if (c->takes_points) {
+    x = c->scratch.memory + c->points;
+    if (c->direction != CONV_BACKWARD_DATA)
+      conv_take_points(&c->seen, size, x, c->x);
+  }
+  if (c->way == BY_ONEDNN) {
+    status = onednn_conv(c->direction, &c->g, x, c->w, c->y, c->bias, own);
+  } else {
+    conv_operands operands = {&c->g, x, c->w, c->y, c->bias};
+    status = c->way == BY_POSITIONS ? conv_by_positions(c->direction, &operands, own)
+                                    : conv_lowered(c->direction, &operands, own);
+  }
+  if (status == DEVICE_DONE && c->takes_points && c->direction == CONV_BACKWARD_DATA)
+    conv_spread_points(&c->seen, size, c->x, x);
+  return status;
+}
+
+/* ---- the prologue: the input normalised into scratch ---- */
+
+static void plan_prologue(conv_work *c, const device_array *x) {
+  c->normal = scratch_place(&c->scratch, (size_t)count(x) * orepa_dtype_size(x->dtype));
+  c->lent_bytes = (size_t)(16 * x->shape[1] + 1024) * sizeof(float);
+  c->lent = scratch_place(&c->scratch, c->lent_bytes);
+}
+
+static device_status run_prologue(device_context *context, conv_work *c, const device_array *x,
+                                  const device_prologue *prologue) {
+  device_context lent = scratch_lend(context, c->scratch.memory + c->lent, c->lent_bytes);
+  device_array normal = *x;
+  normal.data = c->x = c->scratch.memory + c->normal;
+  return context->device->norm_apply(&lent, &normal, x, &prologue->scale, &prologue->shift, NULL, prologue->relu);
+}
+
+/* ---- entries ---- */
+
+/* y = bias, or zeros: what is left where the kernel or the map is empty. */
+static device_status fill_result(device_context *context, const device_array *y, const device_array *bias) {
+  device_array spread = *y;
+  if (!bias)
+    return context->device->fill(context, y, (device_number){0});
+  spread.data = bias->data;
+  memset(spread.strides, 0, sizeof spread.strides);
+  spread.strides[1] = bias->strides[0];
+  return context->device->copy(context, y, &spread);
+}
+
+/* The bias without gaps. */
+static const void *dense_bias(const conv_work *c, const device_array *bias) {
+  size_t size = orepa_dtype_size(bias->dtype);
+  char *dense = c->scratch.memory + c->dense_bias;
+  if (bias->strides[0] == 1)
+    return bias->data;
+  for (int64_t o = 0; o < bias->shape[0]; o++)
+    memcpy(dense + (size_t)o * size, (const char *)bias->data + o * bias->strides[0] * (int64_t)size, size);
+  return dense;
+}
+
+static device_status forward(device_context *context, conv_work *c, const device_array *x, const device_array *bias,
+                             const device_prologue *prologue) {
+  device_status status = plan(c, bias);
+  if (status != DEVICE_DONE)
+    return status;
+  if (prologue)
+    plan_prologue(c, x);
+  c->dense_bias = scratch_place(&c->scratch, bias ? (size_t)bias->shape[0] * orepa_dtype_size(bias->dtype) : 0);
+  if (!scratch_take(&c->scratch, context))
+    return DEVICE_FAILED;
+  c->bias = bias ? dense_bias(c, bias) : NULL;
+  if (prologue)
+    status = run_prologue(context, c, x, prologue);
+  return status ? status : compute(c);
+}
+
+device_status cpu_conv_forward(device_context *context, const orepa_conv *conv, const device_array *y,
+                               const device_array *x, const device_array *w, const device_array *bias,
+                               const device_prologue *prologue, const device_array *moments) {
+  conv_work c = {.direction = CONV_FORWARD, .g = geometry_of(conv, x, w, y), .x = x->data, .w = w->data, .y = y->data};
+  if (!supported(x, w, y, bias))
+    return DEVICE_UNSUPPORTED;
+  device_status status = count(y) == 0                    ? DEVICE_DONE
+                         : count(x) == 0 || count(w) == 0 ? fill_result(context, y, bias)
+                                                          : forward(context, &c, x, bias, prologue);
+  return status == DEVICE_DONE && moments ? context->device->norm_moments(context, moments, y) : status;
+}
+
+device_status cpu_conv_backward_data(device_context *context, const orepa_conv *conv, const device_array *dx,
+                                     const device_array *dy, const device_array *w) {
+  conv_work c = {.direction = CONV_BACKWARD_DATA, .g = geometry_of(conv, dx, w, dy)};
+  if (!supported(dx, w, dy, NULL))
+    return DEVICE_UNSUPPORTED;
+  if (count(dx) == 0 || count(dy) == 0 || count(w) == 0)
+    return context->device->fill(context, dx, (device_number){0});
+  device_status status = plan(&c, false);
+  if (status != DEVICE_DONE)
+    return status;
+  if (!scratch_take(&c.scratch, context))
+    return DEVICE_FAILED;
+  c.x = dx->data;
+  c.w = w->data;
+  c.y = dy->data;
+  return compute(&c);
+}
+
+static device_status backward_weight(device_context *context, conv_work *c, const device_array *x,
+                                     const device_prologue *prologue) {
+  device_status status = plan(c, false);
+  if (status != DEVICE_DONE)
+    return status;
+  if (prologue)
+    plan_prologue(c, x);
+  if (!scratch_take(&c->scratch, context))
+    return DEVICE_FAILED;
+  if (prologue)
+    status = run_prologue(context, c, x, prologue);
+  return status ? status : compute(c);
+}
+
+device_status cpu_conv_backward_weight(device_context *context, const orepa_conv *conv, const device_array *dw,
+                                       const device_array *dbias, const device_array *x, const device_array *dy,
+                                       const device_prologue *prologue) {
+  conv_work c = {.direction = CONV_BACKWARD_WEIGHT, .g = geometry_of(conv, x, dw, dy)};
+  if (!supported(x, dw, dy, dbias))
+    return DEVICE_UNSUPPORTED;
+  c.x = x->data;
+  c.w = dw->data;
+  c.y = dy->data;
+  bool empty = count(x) == 0 || count(dy) == 0 || count(dw) == 0;
+  device_status status =
+      empty ? context->device->fill(context, dw, (device_number){0}) : backward_weight(context, &c, x, prologue);
+  if (status != DEVICE_DONE || !dbias)
+    return status;
+  device_array sum = *dbias; /* (1, O, 1, 1) */
+  sum.rank = 4;
+  sum.shape[0] = sum.shape[2] = sum.shape[3] = 1;
+  sum.shape[1] = dbias->shape[0];
+  sum.strides[0] = sum.strides[2] = sum.strides[3] = 0;
+  sum.strides[1] = dbias->strides[0];
+  return context->device->reduce(context, OREPA_SUM, &sum, dy);
+}

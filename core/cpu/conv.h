@@ -1,0 +1,56 @@
+/* conv.h: one convolution's sizes, and the two ways to compute it by matrix products. conv.c chooses between them and
+ * oneDNN's kernels. */
+#ifndef OREPA_CORE_CPU_CONV_H
+#define OREPA_CORE_CPU_CONV_H
+
+#include "cpu/cpu.h"
+
+typedef enum { CONV_FORWARD, CONV_BACKWARD_DATA, CONV_BACKWARD_WEIGHT } conv_direction;
+
+/* x (batch, groups*in, size), w (groups*out, in, kernel), y (batch, groups*out, result), all channels-last. Pairs are
+ * height and width. All members are of one type, so that geometries compare as bytes. */
+typedef struct {
+  int64_t dtype, batch, groups, in, out; /* channels of one group */
+  int64_t size[2], kernel[2], result[2], stride[2], padding[2], dilation[2];
+} conv_geometry;
+
+/* Taps first ... last-1 of the kernel meet the map at output o; tap `first` meets position `at`. */
+typedef struct {
+  int64_t first, last, at;
+} conv_window;
+
+static inline conv_window conv_window_at(const conv_geometry *g, int axis, int64_t o) {
+  int64_t start = o * g->stride[axis] - g->padding[axis], step = g->dilation[axis], room = g->size[axis] - start;
+  int64_t first = start < 0 ? (step - 1 - start) / step : 0, last = room > 0 ? (room + step - 1) / step : 0;
+  first = first < g->kernel[axis] ? first : g->kernel[axis];
+  last = last < g->kernel[axis] ? last : g->kernel[axis];
+  return (conv_window){first, last > first ? last : first, start + first * step};
+}
+
+static inline bool conv_is_point(const conv_geometry *g) {
+  return g->kernel[0] == 1 && g->kernel[1] == 1;
+}
+
+/* What one of the ways works on: float32. Forward writes y, the other directions x or w; bias (dense) may be NULL. */
+typedef struct {
+  const conv_geometry *g;
+  float *x, *w, *y;
+  const float *bias;
+} conv_operands;
+
+/* ---- by positions, for maps so small that most of a kernel hangs over their edge: one product over the batch for each
+ * output position and kernel row, of the taps that meet the map, read where they lie. */
+bool conv_positions_suit(conv_direction direction, const conv_geometry *g);
+size_t conv_positions_scratch(conv_direction direction, const conv_geometry *g);
+device_status conv_by_positions(conv_direction direction, const conv_operands *operands, void *scratch);
+
+/* ---- by lowering: the patches under the kernel become rows of a matrix, a few thousand at a time. Any geometry. */
+size_t conv_lowered_scratch(const conv_geometry *g);
+device_status conv_lowered(conv_direction direction, const conv_operands *operands, void *scratch);
+
+/* ---- strided points: a 1x1 convolution with stride or padding sees some pixels only. x (batch, channels, size) to or
+ * from points (batch, channels, result), elements of `bytes` bytes; spreading leaves zeros between. */
+void conv_take_points(const conv_geometry *g, size_t bytes, void *points, const void *x);
+void conv_spread_points(const conv_geometry *g, size_t bytes, void *x, const void *points);
+
+#endif

@@ -1,0 +1,84 @@
+/* lanes.h: how kernels read and write floats: float32 or bfloat16 in memory, float in registers, one by one or in
+ * vectors as wide as the instruction set's. Functions that take `half` (the memory holds bfloat16) are inlined with a
+ * constant there, so that the choice costs nothing in a loop. */
+#ifndef OREPA_CORE_CPU_LANES_H
+#define OREPA_CORE_CPU_LANES_H
+
+#include "dtype.h"
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+
+typedef float float_lanes __attribute__((vector_size(4 * LANES)));
+typedef int32_t int_lanes __attribute__((vector_size(4 * LANES)));
+typedef uint32_t bit_lanes __attribute__((vector_size(4 * LANES)));
+typedef uint16_t half_lanes __attribute__((vector_size(2 * LANES)));
+
+/* ---- one element ---- */
+
+static ALWAYS_INLINE float load_float(const void *from, int64_t k, bool half) {
+  return half ? bfloat16_to_float(((const uint16_t *)from)[k]) : ((const float *)from)[k];
+}
+
+static ALWAYS_INLINE void store_float(void *to, int64_t k, float value, bool half) {
+  if (half) { /* as float_to_bfloat16, in the form that makes the better vector code */
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1), is_nan = -(uint32_t)(value != value);
+    ((uint16_t *)to)[k] = (uint16_t)(((rounded & ~is_nan) | ((bits | 0x400000) & is_nan)) >> 16);
+  } else {
+    ((float *)to)[k] = value;
+  }
+}
+
+/* ---- LANES elements, of any alignment ---- */
+
+static ALWAYS_INLINE float_lanes load_lanes(const void *from, int64_t k, bool half) {
+  if (half) {
+    half_lanes short_floats;
+    memcpy(&short_floats, (const uint16_t *)from + k, sizeof short_floats);
+    return (float_lanes)(__builtin_convertvector(short_floats, bit_lanes) << 16);
+  }
+  float_lanes floats;
+  memcpy(&floats, (const float *)from + k, sizeof floats);
+  return floats;
+}
+
+static ALWAYS_INLINE void store_lanes(void *to, int64_t k, float_lanes value, bool half) {
+  if (half) { /* as float_to_bfloat16 */
+    bit_lanes bits = (bit_lanes)value, is_nan = (bit_lanes)(value != value);
+    bit_lanes rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, quiet = bits >> 16 | 0x40;
+    half_lanes short_floats = __builtin_convertvector((rounded & ~is_nan) | (quiet & is_nan), half_lanes);
+    memcpy((uint16_t *)to + k, &short_floats, sizeof short_floats);
+  } else {
+    memcpy((float *)to + k, &value, sizeof value);
+  }
+}
+
+/* ---- the first `count` lanes; the others are zero when loaded, and not stored ---- */
+
+static ALWAYS_INLINE float_lanes load_some_lanes(const void *from, int64_t k, int64_t count, bool half) {
+  if (count == LANES)
+    return load_lanes(from, k, half);
+  float floats[LANES] = {0};
+  for (int64_t l = 0; l < count; l++)
+    floats[l] = load_float(from, k + l, half);
+  return load_lanes(floats, 0, false);
+}
+
+static ALWAYS_INLINE void store_some_lanes(void *to, int64_t k, float_lanes value, int64_t count, bool half) {
+  if (count == LANES)
+    store_lanes(to, k, value, half);
+  else
+    for (int64_t l = 0; l < count; l++)
+      store_float(to, k + l, value[l], half);
+}
+
+#endif

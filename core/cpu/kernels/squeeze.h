@@ -1,0 +1,173 @@
+/* squeeze.h: what squeezing shares with its gradient: the terms in the form that both passes work on, and their scratch.
+ *
+ * Both walk over outputs o and blocks of SQUEEZE_CHANNELS input channels. What they sum up or copy of a block lies in
+ * small arrays of vectors, [column][tap][LANES]: a column is LANES channels, the last one filled up with zeros. Every
+ * term may be smaller than the kernel and then lies centred in it. */
+#ifndef OREPA_CORE_CPU_SQUEEZE_H
+#define OREPA_CORE_CPU_SQUEEZE_H
+
+#include "cpu/kernels/product.h"
+
+enum { SQUEEZE_CHANNELS = 64 };
+
+typedef struct {
+  const device_term *term;
+  int64_t taps;   /* of its own kernel */
+  int64_t *place; /* where each of them lies in the whole kernel */
+  int64_t inner;  /* PRODUCT: T; DEPTHWISE: E */
+  float *packed;  /* PRODUCT: b in panels; DEPTHWISE: b as [group][column][tap][e][LANES] */
+  float *partial; /* DEPTHWISE, backward: chunks of the gradient of b, each in the order of `packed` */
+  double *sums;   /* backward: what <dW[o], the term without scale> has come to, (O) */
+} squeeze_term;
+
+typedef struct {
+  int64_t groups, outputs, channels; /* O/G and I/G: of one group */
+  int64_t taps, height, width;       /* of the kernel */
+  int64_t blocks, padded;            /* of a group's channels: blocks; channels filled up to whole columns */
+  int64_t most_inner[2];             /* the largest T and E */
+  int count;
+  squeeze_term *terms;
+} squeezing;
+
+/* A block of channels: `count` of them from `first` on. */
+typedef struct {
+  int64_t first, count, columns;
+} channel_block;
+
+static inline channel_block block_of(const squeezing *s, int64_t block) {
+  int64_t first = block * SQUEEZE_CHANNELS, count = smaller(SQUEEZE_CHANNELS, s->channels - first);
+  return (channel_block){first, count, divide_up(count, LANES)};
+}
+
+/* Where a group's channels from `first` on begin in a depthwise term's `packed`, or in one chunk of its `partial`. */
+static inline int64_t depthwise_offset(const squeezing *s, const squeeze_term *t, int64_t group, int64_t first) {
+  return (group * s->padded + first) * t->inner * t->taps;
+}
+
+/* The row of a depthwise term's `a` that belongs to output o (of all). */
+static inline int64_t depthwise_row(const squeezing *s, const squeeze_term *t, int64_t o) {
+  return t->term->interleave ? o % s->outputs * s->groups + o / s->outputs : o;
+}
+
+static inline float scale_of(const device_term *term, int64_t o) {
+  const device_array *scale = &term->scale;
+  if (!scale->data)
+    return 1;
+  return ((const float *)scale->data)[scale->shape[0] == 1 ? 0 : o * scale->strides[0]];
+}
+
+/* scale * b[o], tap by tap. */
+static inline void read_pattern(const squeezing *s, const device_term *term, int64_t o, float scale, float *to) {
+  const int64_t *stride = term->b.strides;
+  for (int64_t h = 0; h < s->height; h++)
+    for (int64_t w = 0; w < s->width; w++)
+      *to++ = scale * ((const float *)term->b.data)[o * stride[0] + h * stride[1] + w * stride[2]];
+}
+
+/* ---- vectors, rows of numbers, small matrices ---- */
+
+/* LANES numbers, or the `count` that there are and zeros. */
+static ALWAYS_INLINE float_lanes load_part(const float *from, int64_t count) {
+  if (count >= LANES)
+    return load_lanes(from, 0, false);
+  float_lanes part = {0};
+  for (int64_t i = 0; i < count; i++)
+    part[i] = from[i];
+  return part;
+}
+static ALWAYS_INLINE void store_part(float *to, int64_t count, float_lanes value) {
+  if (count >= LANES)
+    store_lanes(to, 0, value, false);
+  else
+    for (int64_t i = 0; i < count; i++)
+      to[i] = value[i];
+}
+
+static inline double total(float_lanes lanes) {
+  double sum = 0;
+  for (int i = 0; i < LANES; i++)
+    sum += (double)lanes[i];
+  return sum;
+}
+
+/* to[c][r] = from[r][c] for matrices whose rows are `from_ld` and `to_ld` numbers apart. */
+static inline void turn_matrix(int64_t rows, int64_t columns, const float *from, int64_t from_ld, float *to,
+                               int64_t to_ld) {
+  if (rows < 4 || columns < 4) {
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t c = 0; c < columns; c++)
+        to[c * to_ld + r] = from[r * from_ld + c];
+    return;
+  }
+  for (int64_t next = 0; next < rows; next += 4) {
+    int64_t r = smaller(next, rows - 4);
+    const float *row = from + r * from_ld;
+    for (int64_t k = 0; k < columns; k += 4) {
+      int64_t c = smaller(k, columns - 4);
+      turn4_float(row + c, row + from_ld + c, row + 2 * from_ld + c, row + 3 * from_ld + c, to + c * to_ld + r, to_ld);
+    }
+  }
+}
+
+/* The same for up to LANES rows, whose columns become vectors. */
+static inline void turn_to_lanes(int64_t channels, int64_t inner, const float *from, int64_t ld, float *to,
+                                   int64_t to_ld) {
+  if (channels < LANES)
+    for (int64_t e = 0; e < inner; e++)
+      store_lanes(to, e * to_ld, (float_lanes){0}, false);
+  turn_matrix(channels, inner, from, ld, to, to_ld);
+}
+
+/* y += scale * x, or = */
+static ALWAYS_INLINE void add_scaled(int64_t count, float scale, const float *x, float *y) {
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES)
+    store_lanes(y, i, load_lanes(y, i, false) + scale * load_lanes(x, i, false), false);
+  for (; i < count; i++)
+    y[i] += scale * x[i];
+}
+static ALWAYS_INLINE void put_scaled(int64_t count, float scale, const float *x, float *y) {
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES)
+    store_lanes(y, i, scale * load_lanes(x, i, false), false);
+  for (; i < count; i++)
+    y[i] = scale * x[i];
+}
+
+/* A panel whose step k is row k from `first` on, times its factor if there are any: `width` numbers of which the row has
+ * `count`. A full step may be written past its end, where the next one follows; so the next panel is packed later. */
+static ALWAYS_INLINE void pack_rows(int64_t depth, int64_t width, int64_t count, const float *const *row, int64_t first,
+                                    const float *factor, float *panel) {
+  for (int64_t k = 0; k < depth; k++, panel += width) {
+    const float *from = row[k] + first;
+    float times = factor ? factor[k] : 1;
+    if (count >= divide_up(width, LANES) * LANES)
+      for (int64_t j = 0; j < width; j += LANES)
+        store_lanes(panel, j, times * load_lanes(from, j, false), false);
+    else
+      for (int64_t j = 0; j < width; j++)
+        panel[j] = j < count ? times * from[j] : 0;
+  }
+}
+
+/* Scratch is asked for once: laid out without memory to learn the size, then with it. */
+typedef struct {
+  char *memory; /* NULL: only counting */
+  size_t used;
+} squeeze_scratch;
+
+static inline void *take(squeeze_scratch *m, int64_t count, size_t size) {
+  void *taken = m->memory ? m->memory + m->used : NULL;
+  m->used += ((size_t)count * size + 63) / 64 * 64;
+  return taken;
+}
+
+/* False where shapes don't fit together or the types are not ours. */
+bool KERNEL(squeeze_describe)(squeezing *s, int64_t groups, const device_array *w, int count, const device_term *terms);
+/* Fills s->terms. Backward there are `chunks` > 0 of partial sums, and panels of b's rows; forward 0, and of its
+ * columns. */
+void KERNEL(squeeze_lay_out)(squeezing *s, squeeze_scratch *m, const device_term *terms, int64_t chunks);
+/* Within a parallel region: brings b of each depthwise term into `packed`. */
+void KERNEL(squeeze_pack_depthwise)(const squeezing *s);
+
+#endif

@@ -1,0 +1,35 @@
+/* onednn.h: what core/cpu uses of oneDNN, without its types. Primitives are made when they are first asked for and
+ * kept, a few hundred of them. */
+#ifndef OREPA_CORE_CPU_ONEDNN_H
+#define OREPA_CORE_CPU_ONEDNN_H
+
+#include "cpu/conv.h"
+
+/* "oneDNN 2.6.3" */
+const char *onednn_version(void);
+
+/* float32, row-major, as cpu_product in matmul.h; straight to the library. */
+device_status onednn_product(bool turn_a, bool turn_b, int64_t m, int64_t n, int64_t k, const float *a, int64_t lda,
+                             const float *b, int64_t ldb, float beta, float *c, int64_t ldc);
+
+/* Unsupported: the library has no such convolution, or only a slow one that conv.c does better; 1x1 with a stride,
+ * whose weight gradient overwrites memory in the library, is never given to it. `bias` is read by forward alone;
+ * scratch is aligned to 64 bytes. */
+device_status onednn_conv_scratch(conv_direction direction, const conv_geometry *g, bool has_bias, size_t *bytes);
+device_status onednn_conv(conv_direction direction, const conv_geometry *g, void *x, void *w, void *y, const void *bias,
+                          void *scratch);
+/* The library's name for the implementation; "" where there is none. */
+const char *onednn_conv_implementation(conv_direction direction, const conv_geometry *g, bool has_bias);
+
+/* c (batch, m, n) = a (batch, m, k) . b (batch, k, n) + bias (n). Strides count elements, a batch's may be 0; c is
+ * dense. */
+typedef struct {
+  int64_t dtype, batch, m, n, k;
+  int64_t a_strides[3], b_strides[3];
+} onednn_matmul_shape;
+
+device_status onednn_matmul_scratch(const onednn_matmul_shape *shape, bool has_bias, size_t *bytes);
+device_status onednn_matmul(const onednn_matmul_shape *shape, void *a, void *b, const void *bias, void *c,
+                            void *scratch);
+
+#endif

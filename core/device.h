@@ -1,0 +1,227 @@
+/* device.h: what a device is: one struct of functions. The engine knows nothing else about where it runs, and a device
+ * knows nothing of gradients, graphs or Lua.
+ *
+ * Every kernel takes a context first, may return before the work is done, and gives back a status only. A NULL entry,
+ * or DEVICE_UNSUPPORTED from it (before anything is written), is the only statement of what a device can do. Unless an
+ * entry says otherwise its arrays may have any strides, sizes of 0 are legal, and outputs overlap no input. */
+#ifndef OREPA_CORE_DEVICE_H
+#define OREPA_CORE_DEVICE_H
+
+#include "orepa.h"
+
+#define DEVICE_TABLE_VERSION 1
+
+typedef enum { DEVICE_DONE, DEVICE_UNSUPPORTED, DEVICE_FAILED /* with a message: error.h */ } device_status;
+
+/* A tensor as a kernel sees it: memory and how to walk it. Strides count elements; 0 repeats. */
+typedef struct {
+  void *data;
+  orepa_dtype dtype;
+  int rank;
+  int64_t shape[OREPA_MAX_RANK], strides[OREPA_MAX_RANK];
+} device_array;
+
+/* A number that stands for an operand; `integer` is exact where `real` is not. */
+typedef struct {
+  double real;
+  int64_t integer;
+} device_number;
+
+typedef struct device_context {
+  const orepa_device *device;
+  int index;    /* which of several */
+  void *stream; /* order of work; NULL where the device is synchronous */
+  bool deterministic;
+  /* Scratch of this size, aligned to 64 bytes, valid until the entry returns; NULL with a message. One block an entry.
+   */
+  void *(*workspace)(struct device_context *context, size_t bytes);
+  void *workspace_memory;
+  size_t workspace_bytes;
+  /* The first value that was out of range in a kernel (a label, an index) and its position; position -1: none. */
+  int64_t offence, offence_position;
+} device_context;
+
+/* What runs on a convolution's input before it: act(scale[c]*x + shift[c]). Padding is zeros of the result. */
+typedef struct {
+  device_array scale, shift; /* float32 (I) */
+  bool relu;
+} device_prologue;
+
+/* Merged partial statistics of a map of R rows (N*H*W) by C channels: the rows are cut into `chunks` equal runs of
+ * moments_rows(R) rows, the last may be shorter; for each chunk and channel a pivot p and the sums of (x-p) and
+ * (x-p)^2, so that a large mean costs no accuracy. Array: float32 or float64 (chunks, 3, C), dense. */
+static inline int64_t moments_rows(int64_t rows) {
+  int64_t chunk = (rows + 63) / 64;
+  return chunk < 128 ? 128 : chunk;
+}
+static inline int64_t moments_chunks(int64_t rows) {
+  return rows ? (rows + moments_rows(rows) - 1) / moments_rows(rows) : 0;
+}
+
+/* Windows of a pool. Adaptive: window o of P covers floor(o*H/P) ... ceil((o+1)*H/P) - 1, the rest is unused. */
+typedef struct {
+  orepa_pool pool;
+  bool adaptive;
+} device_windows;
+
+/* One term of a squeezed kernel's fast form: a kernel W (O, I/G, K, K) is the sum of its terms, each multiplied by
+ * scale[o]. */
+typedef enum {
+  TERM_KERNEL,   /* a (O, I/G, k, k), centred */
+  TERM_PATTERN,  /* a (O, I/G, 1, 1) times the constant b (O, K, K) in each channel */
+  TERM_PRODUCT,  /* a (O, T, K, K) after b (G*T, I/G, 1, 1), plus the identity if asked for */
+  TERM_DEPTHWISE /* a (O, E*I/G, 1, 1) after b (E*I, 1, K, K); rows of a interleaved by group if asked for */
+} device_term_kind;
+
+typedef struct {
+  device_term_kind kind;
+  bool plus_identity; /* PRODUCT: b + E, E[t,i] = 1 where i == t mod (I/G) */
+  bool interleave;    /* DEPTHWISE: row o of the kernel is row (o mod O/G)*G + floor(o/(O/G)) of a */
+  device_array a, b;
+  device_array scale; /* (O) or (1), any stride; data NULL: 1 */
+  /* Backward: where the gradients go, written not added; data NULL: not wanted. PATTERN's b has none. */
+  device_array da, db, dscale;
+} device_term;
+
+/* Seen by SGD, one for each parameter; all three float32 and dense in the same order, velocity.data NULL without
+ * momentum. */
+typedef struct {
+  device_array parameter, gradient, velocity;
+  double rate, decay;
+} device_sgd_item;
+
+struct orepa_device {
+  int version; /* DEVICE_TABLE_VERSION */
+  const char *name;
+
+  /* ---- memory: raw blocks, aligned to 64 bytes. The engine's allocator caches them. */
+  void *(*allocate)(device_context *, size_t bytes); /* NULL: the system gave none (no message) */
+  void (*deallocate)(device_context *, void *memory, size_t bytes);
+  /* Bytes that may be allocated now beside what is held, without the system running out. */
+  size_t (*available)(device_context *);
+  device_status (*upload)(device_context *, void *device, const void *host, size_t bytes);
+  device_status (*download)(device_context *, void *host, const void *device, size_t bytes);
+
+  /* ---- order: NULL where work is done when the call returns */
+  device_status (*synchronize)(device_context *);
+
+  /* ---- copies */
+  /* Equal shapes; converts: to nearest even between floats, toward zero from floats to integers (saturating, NaN is 0).
+   */
+  device_status (*copy)(device_context *, const device_array *dst, const device_array *src);
+  device_status (*fill)(device_context *, const device_array *dst, device_number value);
+  /* Element k in logical order is element k of draw `draw` of the generator: uniform in [0, 1), or normal. */
+  device_status (*random)(device_context *, const device_array *dst, bool normal, uint64_t seed, uint64_t draw);
+
+  /* ---- element-wise and reductions */
+  /* Function f of elementwise.h: `derivative` 0 is the forward expression of sources a, b, c; 1, 2, 3 are da, db, dc of
+   * sources dy, a, b, c, y. A source without data is the number beside it. Sources have dst's shape (strides 0
+   * broadcast) and one type; dst has it too, or bool for COMPARE. dst may be one of the sources, exactly. */
+  device_status (*elementwise)(device_context *, int function, int derivative, const device_array *dst,
+                               const device_array *sources, const device_number *numbers);
+  /* dst has src's rank, and size 1 in the reduced axes. MEAN is not asked for. Reducing nothing: SUM 0, ALL 1, ANY 0.
+   */
+  device_status (*reduce)(device_context *, orepa_reduction kind, const device_array *dst, const device_array *src);
+  /* dst float64 (count): sum of squares of each array, accumulated in float64. */
+  device_status (*square_sums)(device_context *, const device_array *dst, int count, const device_array *arrays);
+
+  /* ---- matrix product: c (B, M, N) = a (B, M, K) . b (B, K, N) + bias (N); bias may be NULL; c is dense */
+  device_status (*matmul)(device_context *, const device_array *c, const device_array *a, const device_array *b,
+                          const device_array *bias);
+
+  /* ---- convolution: maps (N, C, H, W) and kernels (O, I/G, KH, KW) dense in channels-last order, of one type.
+   * bias (O), prologue and moments may be NULL; a device that cannot fuse runs separate kernels with the same result.
+   */
+  device_status (*conv_forward)(device_context *, const orepa_conv *, const device_array *y, const device_array *x,
+                                const device_array *w, const device_array *bias, const device_prologue *prologue,
+                                const device_array *moments);
+  device_status (*conv_backward_data)(device_context *, const orepa_conv *, const device_array *dx,
+                                      const device_array *dy, const device_array *w);
+  /* dbias may be NULL. The prologue is that of the forward pass, x its input. */
+  device_status (*conv_backward_weight)(device_context *, const orepa_conv *, const device_array *dw,
+                                        const device_array *dbias, const device_array *x, const device_array *dy,
+                                        const device_prologue *prologue);
+
+  /* ---- norm: x is (N, C, ...), dense: rows of C channels */
+  device_status (*norm_moments)(device_context *, const device_array *moments, const device_array *x);
+  /* From the moments of `rows` rows: mean (C), inverse deviation 1/sqrt(var + eps) (C); scale = weight * inverse, shift
+   * = bias - mean * scale (C); running statistics updated (variance by rows/(rows-1)). weight, bias, running_* may be
+   * NULL. */
+  device_status (*norm_finalize)(device_context *, const orepa_norm *, int64_t rows, const device_array *moments,
+                                 const device_array *weight, const device_array *bias, const device_array *running_mean,
+                                 const device_array *running_var, const device_array *mean, const device_array *inverse,
+                                 const device_array *scale, const device_array *shift);
+  /* z = act(scale*y + shift + r): one fused multiply-add, then + r, then max. r may be NULL; dense like y. */
+  device_status (*norm_apply)(device_context *, const device_array *z, const device_array *y, const device_array *scale,
+                              const device_array *shift, const device_array *r, bool relu);
+  /* With xh = (x - mean) * inverse: dweight = sum dy*xh, dbias = sum dy; dx = weight*inverse * (dy - dbias/R -
+   * xh*dweight/R) for the batch's statistics, weight*inverse * dy for running ones. dx may be NULL; weight NULL is 1.
+   */
+  device_status (*norm_backward)(device_context *, bool batch_statistics, const device_array *dx,
+                                 const device_array *dweight, const device_array *dbias, const device_array *dy,
+                                 const device_array *x, const device_array *mean, const device_array *inverse,
+                                 const device_array *weight);
+
+  /* ---- pooling: maps dense in channels-last order. indices: int32, y's shape, h*W + w of the element taken; NULL: not
+   * wanted. NaN wins. Backward writes dx whole. */
+  device_status (*max_pool_forward)(device_context *, const device_windows *, const device_array *y,
+                                    const device_array *indices, const device_array *x);
+  device_status (*max_pool_backward)(device_context *, const device_windows *, const device_array *dx,
+                                     const device_array *dy, const device_array *indices);
+  device_status (*avg_pool_forward)(device_context *, const device_windows *, const device_array *y,
+                                    const device_array *x);
+  device_status (*avg_pool_backward)(device_context *, const device_windows *, const device_array *dx,
+                                     const device_array *dy);
+
+  /* ---- losses: over the last axis of arrays of equal rank */
+  device_status (*softmax_forward)(device_context *, bool log, const device_array *y, const device_array *x);
+  device_status (*softmax_backward)(device_context *, bool log, const device_array *dx, const device_array *dy,
+                                    const device_array *y);
+  /* logits (R.., C), labels int64 (R..): loss (R..) and log of the sum of exponentials logz (R..), both float32 or
+   * float64. A row with label `ignore` has loss 0. A label outside 0 ... C-1 is an offence. */
+  device_status (*cross_entropy_forward)(device_context *, double smoothing, int64_t ignore, const device_array *loss,
+                                         const device_array *logz, const device_array *logits,
+                                         const device_array *labels);
+  /* dlogits = dloss[row] * (softmax - target); rows that are ignored: 0. */
+  device_status (*cross_entropy_backward)(device_context *, double smoothing, int64_t ignore,
+                                          const device_array *dlogits, const device_array *dloss,
+                                          const device_array *logits, const device_array *labels,
+                                          const device_array *logz);
+
+  /* ---- optimizer */
+  device_status (*sgd)(device_context *, const orepa_sgd_options *, int count, const device_sgd_item *items);
+
+  /* ---- squeezing: kernels (O, I/n, KH, KW), dense in channels-last order, composed and taken apart.
+   * w[o,i,u] = sum over t, a of after[o,t,a] * before[t,i,u-a], `after` in na groups, `before` in nb, w in `groups`
+   * dense ones (na and nb are multiples of it; entries outside are zero), of size ka+kb-1. `turn`: after is turned by
+   * 180 degrees first. */
+  device_status (*compose)(device_context *, const device_array *w, const device_array *after, int64_t na,
+                           const device_array *before, int64_t nb, int64_t groups, bool turn);
+  device_status (*compose_backward_after)(device_context *, const device_array *dafter, int64_t na,
+                                          const device_array *dw, const device_array *before, int64_t nb,
+                                          int64_t groups, bool turn);
+  device_status (*compose_backward_before)(device_context *, const device_array *dbefore, int64_t nb,
+                                           const device_array *dw, const device_array *after, int64_t na,
+                                           int64_t groups, bool turn);
+  /* The fast form: all terms in one pass. NULL, or unsupported: the engine composes. */
+  device_status (*squeeze)(device_context *, int64_t groups, const device_array *w, int count,
+                           const device_term *terms);
+  device_status (*squeeze_backward)(device_context *, int64_t groups, const device_array *dw, int count,
+                                    const device_term *terms);
+};
+
+/* The devices of this build. Each lives in its own room. */
+const orepa_device *ref_device(void);
+const orepa_device *cpu_device(void);
+
+/* The one context of a device, made when it is first asked for. */
+device_context *device_context_of(const orepa_device *device);
+
+/* Turns a status into 0, or -1 with a message: "conv2d: the device 'cpu' does not support float64". */
+int device_check(device_status status, const orepa_device *device, const char *op, orepa_dtype dtype);
+
+/* int result = DISPATCH("relu", dtype, device, elementwise, f, 0, &dst, ...): an entry called, absent ones included. */
+#define DISPATCH(op, dtype, dev, entry, ...)                                                                           \
+  device_check((dev)->entry ? (dev)->entry(device_context_of(dev), __VA_ARGS__) : DEVICE_UNSUPPORTED, dev, op, dtype)
+
+#endif

@@ -1,0 +1,56 @@
+/* elementwise.h: every element-wise function, once: its name, what types it takes, its expression and its derivatives.
+ * Each device expands the list into kernels; core/ops expands it into ops. A new function is a new row.
+ *
+ *   ROW(name, operands, types, forward, needs_a, da, needs_b, db, needs_c, dc)
+ *
+ * `a`, `b`, `c` are the operands, `y` the result and `dy` the gradient that arrives; da, db, dc are the gradients that
+ * leave. They are expressions in a type T that is float, double or (types ANY and COMPARE, forward only) int64_t, with
+ * <tgmath.h>'s generic functions. needs_* says what its derivative reads beside dy: a sum of NEEDS_A, NEEDS_B, NEEDS_C,
+ * NEEDS_Y; or PASSES, where the derivative is dy itself, or NO_GRADIENT.
+ *
+ *   types  REAL     floats; integers and bools are made float32 first
+ *          ANY      integers too, computed as int64
+ *          COMPARE  integers too; the result is bool */
+#ifndef OREPA_CORE_ELEMENTWISE_H
+#define OREPA_CORE_ELEMENTWISE_H
+
+enum { ELEMENTWISE_REAL, ELEMENTWISE_ANY, ELEMENTWISE_COMPARE };
+enum { NEEDS_A = 1, NEEDS_B = 2, NEEDS_C = 4, NEEDS_Y = 8, PASSES = 16, NO_GRADIENT = 32 };
+
+/* The operands of a function are at most three; a derivative reads dy, a, b, c, y, in this order. */
+enum { ELEMENTWISE_MAX_OPERANDS = 3, ELEMENTWISE_MAX_SOURCES = 5 };
+
+#define ELEMENTWISE_ROWS(ROW)                                                                                          \
+  ROW(add, 2, ANY, a + b, PASSES, dy, PASSES, dy, NO_GRADIENT, 0)                                                      \
+  ROW(sub, 2, ANY, a - b, PASSES, dy, 0, -dy, NO_GRADIENT, 0)                                                          \
+  ROW(mul, 2, ANY, a *b, NEEDS_B, dy *b, NEEDS_A, dy *a, NO_GRADIENT, 0)                                               \
+  ROW(div, 2, REAL, a / b, NEEDS_B, dy / b, NEEDS_B + NEEDS_Y, -dy * y / b, NO_GRADIENT, 0)                            \
+  ROW(pow, 2, REAL, pow(a, b), NEEDS_A + NEEDS_B, b == 0 ? 0 : dy * b * pow(a, b - 1), NEEDS_A + NEEDS_B + NEEDS_Y,    \
+      a == 0 && b >= 0 ? 0 : dy * y * log(a), NO_GRADIENT, 0)                                                          \
+  ROW(maximum, 2, ANY, a > b || a != a ? a : b, NEEDS_A + NEEDS_B, a > b ? dy : (a == b ? dy / 2 : 0),                 \
+      NEEDS_A + NEEDS_B, a < b ? dy : (a == b ? dy / 2 : 0), NO_GRADIENT, 0)                                           \
+  ROW(minimum, 2, ANY, a < b || a != a ? a : b, NEEDS_A + NEEDS_B, a < b ? dy : (a == b ? dy / 2 : 0),                 \
+      NEEDS_A + NEEDS_B, a > b ? dy : (a == b ? dy / 2 : 0), NO_GRADIENT, 0)                                           \
+  ROW(neg, 1, ANY, -a, 0, -dy, NO_GRADIENT, 0, NO_GRADIENT, 0)                                                         \
+  ROW(abs, 1, ANY, a<0 ? -a : a + 0, NEEDS_A, a> 0 ? dy : (a < 0 ? -dy : 0), NO_GRADIENT, 0, NO_GRADIENT, 0)           \
+  ROW(sqrt, 1, REAL, sqrt(a), NEEDS_Y, dy / (2 * y), NO_GRADIENT, 0, NO_GRADIENT, 0)                                   \
+  ROW(exp, 1, REAL, exp(a), NEEDS_Y, dy *y, NO_GRADIENT, 0, NO_GRADIENT, 0)                                            \
+  ROW(log, 1, REAL, log(a), NEEDS_A, dy / a, NO_GRADIENT, 0, NO_GRADIENT, 0)                                           \
+  ROW(relu, 1, ANY, a<0 ? 0 : a, NEEDS_Y, y> 0 ? dy : 0, NO_GRADIENT, 0, NO_GRADIENT, 0)                               \
+  ROW(clamp, 3, ANY, a < b ? b : (a > c ? c : a), NEEDS_A + NEEDS_B + NEEDS_C, a >= b && a <= c ? dy : 0, NO_GRADIENT, \
+      0, NO_GRADIENT, 0)                                                                                               \
+  ROW(multiply_add, 3, ANY, a *b + c, NEEDS_B, dy * b, NEEDS_A, dy * a, PASSES, dy)                                    \
+  ROW(eq, 2, COMPARE, a == b, NO_GRADIENT, 0, NO_GRADIENT, 0, NO_GRADIENT, 0)                                          \
+  ROW(ne, 2, COMPARE, a != b, NO_GRADIENT, 0, NO_GRADIENT, 0, NO_GRADIENT, 0)                                          \
+  ROW(lt, 2, COMPARE, a < b, NO_GRADIENT, 0, NO_GRADIENT, 0, NO_GRADIENT, 0)                                           \
+  ROW(le, 2, COMPARE, a <= b, NO_GRADIENT, 0, NO_GRADIENT, 0, NO_GRADIENT, 0)                                          \
+  ROW(gt, 2, COMPARE, a > b, NO_GRADIENT, 0, NO_GRADIENT, 0, NO_GRADIENT, 0)                                           \
+  ROW(ge, 2, COMPARE, a >= b, NO_GRADIENT, 0, NO_GRADIENT, 0, NO_GRADIENT, 0)                                          \
+  ROW(isfinite, 1, COMPARE, a - a == 0, NO_GRADIENT, 0, NO_GRADIENT, 0, NO_GRADIENT, 0)
+
+/* FUNCTION_add, FUNCTION_sub, ..., FUNCTION_COUNT */
+#define ELEMENTWISE_ENUM(name, ...) FUNCTION_##name,
+enum { ELEMENTWISE_ROWS(ELEMENTWISE_ENUM) FUNCTION_COUNT };
+#undef ELEMENTWISE_ENUM
+
+#endif

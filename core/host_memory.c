@@ -1,0 +1,115 @@
+/* host_memory.c: how much memory is left and blocks of it. Linux kills where malloc never fails, so what may be
+ * allocated is asked of /proc/meminfo and of the control groups (version 1 or 2) before. */
+#define _GNU_SOURCE
+#include "host_memory.h"
+
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+enum { TEXT = 4096, ALIGNMENT = 64, LARGE = 4 << 20, HUGE_PAGE = 2 << 20, SPARE = 512 << 20 };
+
+/* ---- what is left ---- */
+
+/* The number after `key` at the start of a line; -1 where there is no such file, line or number ("max"). */
+static int64_t number_in(const char *path, const char *key) {
+  FILE *file = fopen(path, "r");
+  char line[256];
+  int64_t number = -1;
+  if (!file)
+    return -1;
+  while (fgets(line, sizeof line, file))
+    if (!strncmp(line, key, strlen(key))) {
+      char *start = line + strlen(key), *end;
+      number = strtoll(start, &end, 10);
+      if (end == start)
+        number = -1;
+      break;
+    }
+  fclose(file);
+  return number;
+}
+
+/* How the two versions of control groups spell the same; `controller` is "" in version 2, which has one tree. */
+typedef struct {
+  const char *controller, *mount, *limit, *usage, *cache;
+} group_tree;
+
+static const group_tree trees[] = {
+    {"", "/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file "},
+    {"", "/sys/fs/cgroup/unified", "memory.max", "memory.current", "inactive_file "},
+    {"memory", "/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "},
+};
+
+/* This process's group in the tree, from a line like "4:cpu,memory:/a/b"; "" if none. */
+static void group_of(const char *root, const group_tree *tree, char *group) {
+  char path[TEXT + 32], line[TEXT];
+  group[0] = 0;
+  snprintf(path, sizeof path, "%s/proc/self/cgroup", root);
+  FILE *file = fopen(path, "r");
+  if (!file)
+    return;
+  while (fgets(line, sizeof line, file)) {
+    char *controllers = strchr(line, ':'), *end = controllers ? strchr(controllers + 1, ':') : NULL;
+    if (!end)
+      continue;
+    *controllers = *end = ',';
+    line[strcspn(line, "\n")] = 0;
+    size_t length = strlen(tree->controller);
+    for (char *at = controllers; at < end; at = strchr(at + 1, ','))
+      if (!strncmp(at + 1, tree->controller, length) && at[1 + length] == ',' && end[1] == '/')
+        strcpy(group, end[2] ? end + 1 : "");
+  }
+  fclose(file);
+}
+
+/* What one group still allows; INT64_MAX without a limit. The kernel drops unused file pages when it must. */
+static int64_t left_in_group(const char *root, const group_tree *tree, const char *group) {
+  char path[3 * TEXT];
+  int start = snprintf(path, sizeof path, "%s%s%s/", root, tree->mount, group);
+  if (start < 0 || (size_t)start + 64 > sizeof path)
+    return INT64_MAX;
+  strcpy(path + start, tree->limit);
+  int64_t limit = number_in(path, "");
+  strcpy(path + start, tree->usage);
+  int64_t usage = number_in(path, "");
+  strcpy(path + start, "memory.stat");
+  int64_t cache = number_in(path, tree->cache);
+  return limit < 0 || usage < 0 ? INT64_MAX : limit - usage + (cache > 0 ? cache : 0);
+}
+
+size_t host_available(const char *root) {
+  char path[TEXT + 32], group[TEXT];
+  snprintf(path, sizeof path, "%s/proc/meminfo", root);
+  int64_t kibibytes = number_in(path, "MemAvailable:");
+  int64_t least = kibibytes < 0 ? INT64_MAX : kibibytes * 1024;
+  for (size_t k = 0; k < sizeof trees / sizeof *trees; k++) {
+    group_of(root, &trees[k], group);
+    for (char *last = group + strlen(group); last; last = strrchr(group, '/')) { /* it, what it is in, ..., the root */
+      *last = 0;
+      int64_t left = left_in_group(root, &trees[k], group);
+      least = left < least ? left : least;
+    }
+  }
+  return least > SPARE ? (size_t)(least - SPARE) : 0;
+}
+
+/* ---- blocks ---- */
+
+void *host_allocate(size_t bytes) {
+  void *memory;
+  if (posix_memalign(&memory, bytes >= LARGE ? HUGE_PAGE : ALIGNMENT, bytes ? bytes : 1))
+    return NULL;
+#ifdef MADV_HUGEPAGE
+  if (bytes >= LARGE)
+    madvise(memory, bytes, MADV_HUGEPAGE);
+#endif
+  return memory;
+}
+
+void host_deallocate(void *memory, size_t bytes) {
+  (void)bytes;
+  free(memory);
+}

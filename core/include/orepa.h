@@ -1,0 +1,317 @@
+/* orepa.h: the public C interface of the training engine.
+ *
+ * A tensor has a type, a device and up to OREPA_MAX_RANK dimensions. A shape is read N, C, H, W (images) or O, I, H, W
+ * (kernels) and *logical* order is row-major over that shape. In memory a newly made 4-d tensor is channels-last (N, H,
+ * W, C; kernels O, H, W, I) and any other rank row-major: that is what "contiguous" means here, and every op's result
+ * is contiguous.
+ *
+ * Functions that return a tensor return a new reference, which the caller gives back with orepa_release; arguments are
+ * borrowed. A function that can fail returns NULL or -1 and leaves a message for orepa_error. Dimensions, positions and
+ * axes count from 0 here; a negative axis counts from the end. */
+#ifndef OREPA_H
+#define OREPA_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define OREPA_VERSION "0.1.0"
+#define OREPA_MAX_RANK 6
+
+#if defined(__GNUC__)
+#define OREPA_API __attribute__((visibility("default")))
+#else
+#define OREPA_API
+#endif
+
+typedef struct orepa_tensor orepa_tensor;
+typedef struct orepa_device orepa_device;
+
+typedef enum {
+  OREPA_FLOAT32,
+  OREPA_BFLOAT16,
+  OREPA_FLOAT16,
+  OREPA_FLOAT64,
+  OREPA_INT64,
+  OREPA_INT32,
+  OREPA_UINT8,
+  OREPA_BOOL,
+  OREPA_DTYPES /* how many there are */
+} orepa_dtype;
+
+/* ---- errors ------------------------------------------------------------------------------------------------------ */
+
+/* The message that the last failing call of this thread left; "" if none did. Valid until the next failing call. */
+OREPA_API const char *orepa_error(void);
+/* Whether that call failed because memory ran out: freeing some and calling again may then help. */
+OREPA_API bool orepa_error_is_out_of_memory(void);
+
+/* ---- types ------------------------------------------------------------------------------------------------------- */
+
+OREPA_API const char *orepa_dtype_name(orepa_dtype dtype);
+/* -1 and a message if no type has that name. */
+OREPA_API int orepa_dtype_by_name(const char *name, orepa_dtype *dtype);
+OREPA_API size_t orepa_dtype_size(orepa_dtype dtype);
+OREPA_API bool orepa_dtype_is_float(orepa_dtype dtype);
+
+/* ---- devices ----------------------------------------------------------------------------------------------------- */
+
+/* "cpu" (fast: oneDNN, OpenMP, own kernels) or "ref" (plain loops, the oracle of the tests). NULL and a message
+ * otherwise. */
+OREPA_API const orepa_device *orepa_device_by_name(const char *name);
+OREPA_API const char *orepa_device_name(const orepa_device *device);
+/* One line for `--version`: the libraries behind the devices with their versions, and what the processor offers. */
+OREPA_API const char *orepa_build_info(void);
+
+/* Threads that kernels use: by default OMP_NUM_THREADS, else what affinity and the cgroup's quota allow. */
+OREPA_API int orepa_threads(void);
+OREPA_API int orepa_set_threads(int count);
+
+typedef struct {
+  size_t live;   /* bytes in use by tensors and scratch */
+  size_t cached; /* bytes freed and kept for reuse */
+  size_t peak;   /* the most that was live since the start or orepa_reset_peak */
+  size_t limit;  /* live + cached may not exceed it */
+  size_t system; /* how often the system was asked for memory */
+} orepa_memory_info;
+
+OREPA_API orepa_memory_info orepa_memory(const orepa_device *device);
+/* The live bytes of all devices together; cheap enough to ask before every op. */
+OREPA_API size_t orepa_memory_live(void);
+OREPA_API void orepa_reset_peak(const orepa_device *device);
+/* Bytes; 0 goes back to the default, which follows what the system says is available. */
+OREPA_API void orepa_set_memory_limit(const orepa_device *device, size_t bytes);
+OREPA_API void orepa_empty_cache(const orepa_device *device);
+
+/* Seconds on a monotonic clock. */
+OREPA_API double orepa_clock(void);
+
+/* ---- random numbers ---------------------------------------------------------------------------------------------- */
+
+/* Philox 4x32-10 (Salmon et al., 2011): element k of draw n is a function of (seed, n, k) alone. */
+typedef struct {
+  uint64_t seed;
+  uint64_t draws;
+} orepa_rng;
+
+OREPA_API void orepa_manual_seed(uint64_t seed);
+OREPA_API orepa_rng orepa_rng_state(void);
+OREPA_API void orepa_set_rng_state(orepa_rng state);
+
+/* ---- making tensors ---------------------------------------------------------------------------------------------- */
+
+/* Uninitialised. A size of 0 is legal; rank 0 is a single number. */
+OREPA_API orepa_tensor *orepa_empty(orepa_dtype dtype, const orepa_device *device, int rank, const int64_t *shape);
+OREPA_API orepa_tensor *orepa_full(orepa_dtype dtype, const orepa_device *device, int rank, const int64_t *shape,
+                                   double value);
+/* Uniform in [0, 1); normal with mean 0 and deviation 1. float32 or float64. */
+OREPA_API orepa_tensor *orepa_rand(orepa_dtype dtype, const orepa_device *device, int rank, const int64_t *shape);
+OREPA_API orepa_tensor *orepa_randn(orepa_dtype dtype, const orepa_device *device, int rank, const int64_t *shape);
+/* first, first + step, ... `count` of them. */
+OREPA_API orepa_tensor *orepa_arange(orepa_dtype dtype, const orepa_device *device, double first, double step,
+                                     int64_t count);
+/* Copies `data`, dense in logical order, to a new tensor. */
+OREPA_API orepa_tensor *orepa_from_host(orepa_dtype dtype, const orepa_device *device, int rank, const int64_t *shape,
+                                        const void *data);
+/* Copies the elements in logical order into `data`, which holds `bytes` = element count times the type's size. */
+OREPA_API int orepa_to_host(orepa_tensor *t, void *data, size_t bytes);
+/* The value of a tensor of one element. */
+OREPA_API int orepa_item(orepa_tensor *t, double *value);
+OREPA_API int orepa_item_int64(orepa_tensor *t, int64_t *value);
+
+OREPA_API orepa_tensor *orepa_retain(orepa_tensor *t);
+OREPA_API void orepa_release(orepa_tensor *t); /* NULL is allowed */
+
+/* ---- asking tensors ---------------------------------------------------------------------------------------------- */
+
+OREPA_API orepa_dtype orepa_tensor_dtype(const orepa_tensor *t);
+OREPA_API const orepa_device *orepa_tensor_device(const orepa_tensor *t);
+OREPA_API int orepa_rank(const orepa_tensor *t);
+OREPA_API const int64_t *orepa_shape(const orepa_tensor *t);
+OREPA_API const int64_t *orepa_strides(const orepa_tensor *t); /* in elements */
+OREPA_API int64_t orepa_count(const orepa_tensor *t);          /* elements */
+OREPA_API bool orepa_is_contiguous(const orepa_tensor *t);
+/* Grows with every write to the storage, which views share. */
+OREPA_API uint64_t orepa_version(const orepa_tensor *t);
+OREPA_API bool orepa_shares_storage(const orepa_tensor *a, const orepa_tensor *b);
+
+/* ---- autograd ---------------------------------------------------------------------------------------------------- */
+
+OREPA_API bool orepa_requires_grad(const orepa_tensor *t);
+OREPA_API bool orepa_is_leaf(const orepa_tensor *t);
+/* Of a leaf only, and of floats only. */
+OREPA_API int orepa_set_requires_grad(orepa_tensor *t, bool on);
+OREPA_API orepa_tensor *orepa_grad(const orepa_tensor *t); /* borrowed; NULL: none */
+/* The gradient must have t's shape, type and device; NULL removes it. */
+OREPA_API int orepa_set_grad(orepa_tensor *t, orepa_tensor *grad);
+/* Adds the gradients of `y` to the leaves it was computed from. `dy` may be NULL for a single number. Frees the graph
+ * on its way unless it is to be retained. */
+OREPA_API int orepa_backward(orepa_tensor *y, orepa_tensor *dy, bool retain_graph);
+/* Whether ops of this thread record a graph; the second gives back what it was. */
+OREPA_API bool orepa_grad_enabled(void);
+OREPA_API bool orepa_set_grad_enabled(bool on);
+
+/* ---- views: the same storage, seen differently ------------------------------------------------------------------- */
+
+/* One size may be -1. A view where strides allow, else a copy: logical order is kept either way. */
+OREPA_API orepa_tensor *orepa_reshape(orepa_tensor *t, int rank, const int64_t *shape);
+OREPA_API orepa_tensor *orepa_permute(orepa_tensor *t, const int *axes);
+OREPA_API orepa_tensor *orepa_transpose(orepa_tensor *t, int axis, int other);
+/* Positions first <= p < last of one axis. */
+OREPA_API orepa_tensor *orepa_slice(orepa_tensor *t, int axis, int64_t first, int64_t last, int64_t step);
+OREPA_API orepa_tensor *orepa_select(orepa_tensor *t, int axis, int64_t position);
+/* Repeats sizes of 1 without copying; new axes come first. */
+OREPA_API orepa_tensor *orepa_expand(orepa_tensor *t, int rank, const int64_t *shape);
+OREPA_API orepa_tensor *orepa_detach(orepa_tensor *t);
+
+/* ---- copies ------------------------------------------------------------------------------------------------------ */
+
+OREPA_API orepa_tensor *orepa_clone(orepa_tensor *t);
+OREPA_API orepa_tensor *orepa_contiguous(orepa_tensor *t); /* t itself if it is */
+/* To another type or device; t itself if nothing changes. Gradients pass through types of float. */
+OREPA_API orepa_tensor *orepa_to(orepa_tensor *t, orepa_dtype dtype, const orepa_device *device);
+
+/* Converts or moves a leaf and its gradient in place: whoever holds the tensor sees it there. */
+OREPA_API int orepa_move_(orepa_tensor *t, orepa_dtype dtype, const orepa_device *device);
+
+/* ---- element-wise functions -------------------------------------------------------------------------------------- */
+
+/* Each row of core/elementwise.h is a function: orepa_function_by_name gives its number, or -1 and a message. */
+typedef int orepa_function;
+OREPA_API orepa_function orepa_function_by_name(const char *name);
+OREPA_API int orepa_function_count(void);
+OREPA_API const char *orepa_function_name(orepa_function f);
+OREPA_API int orepa_function_arity(orepa_function f);
+
+/* An operand is a tensor or, where `tensor` is NULL, a number. */
+typedef struct {
+  orepa_tensor *tensor;
+  double number;
+  int64_t integer;
+  bool is_integer; /* `integer` holds the number exactly */
+} orepa_operand;
+
+/* Applies f with broadcasting. Types: between tensors nothing is promoted but bfloat16 or float16 with float32; a
+ * number takes the tensors' type, except that integers meet a number with a fraction as float32. */
+OREPA_API orepa_tensor *orepa_apply(orepa_function f, const orepa_operand *operands);
+/* The same, written into the first operand, which must be a tensor of the result's type and shape. */
+OREPA_API int orepa_apply_in_place(orepa_function f, const orepa_operand *operands);
+
+OREPA_API orepa_tensor *orepa_add(orepa_tensor *a, orepa_tensor *b);
+OREPA_API orepa_tensor *orepa_mul(orepa_tensor *a, orepa_tensor *b);
+OREPA_API orepa_tensor *orepa_relu(orepa_tensor *x);
+
+/* Writes `src`, broadcast and converted, into `dst`; with gradients. */
+OREPA_API int orepa_copy_(orepa_tensor *dst, orepa_tensor *src);
+OREPA_API int orepa_fill_(orepa_tensor *dst, double value);
+/* Writes `src`, broadcast, into positions first <= p < last of one axis of `dst`: an op on dst, with gradients. If it is one
+ * position, src may lack the axis. */
+OREPA_API int orepa_assign_(orepa_tensor *dst, int axis, int64_t first, int64_t last, orepa_tensor *src);
+
+/* ---- reductions -------------------------------------------------------------------------------------------------- */
+
+typedef enum {
+  OREPA_SUM,  /* integers and bools give int64 */
+  OREPA_MEAN, /* floats */
+  OREPA_MAX,  /* NaN wins; the gradient is shared by equal elements */
+  OREPA_MIN,
+  OREPA_ARGMAX, /* int64, counted from 0; the first of equals */
+  OREPA_ARGMIN,
+  OREPA_ALL, /* bool: no element is zero */
+  OREPA_ANY, /* bool: some element is not */
+  OREPA_REDUCTIONS
+} orepa_reduction;
+
+/* Over the axes listed, or over all of them if `axes` is NULL; keepdim leaves them with size 1. */
+OREPA_API orepa_tensor *orepa_reduce(orepa_reduction kind, orepa_tensor *x, int count, const int *axes, bool keepdim);
+
+/* ---- shape ops that copy ----------------------------------------------------------------------------------------- */
+
+OREPA_API orepa_tensor *orepa_concatenate(int count, orepa_tensor *const *parts, int axis);
+/* before[d] and after[d] elements of `value` around each axis; negative ones crop. */
+OREPA_API orepa_tensor *orepa_pad(orepa_tensor *x, const int64_t *before, const int64_t *after, double value);
+
+/* ---- linear algebra ---------------------------------------------------------------------------------------------- */
+
+/* (..., M, K) . (..., K, N) with leading axes broadcast; 1-d arguments as in NumPy. */
+OREPA_API orepa_tensor *orepa_matmul(orepa_tensor *a, orepa_tensor *b);
+/* x (..., I), weight (O, I), bias (O) or NULL: (..., O). */
+OREPA_API orepa_tensor *orepa_linear(orepa_tensor *x, orepa_tensor *weight, orepa_tensor *bias);
+
+/* ---- convolution ------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+  int64_t stride[2], padding[2], dilation[2]; /* height, width */
+  int64_t groups;
+} orepa_conv;
+
+/* Cross-correlation: x (N, I, H, W), weight (O, I/groups, KH, KW), bias (O) or NULL: (N, O, P, Q). */
+OREPA_API orepa_tensor *orepa_conv2d(orepa_tensor *x, orepa_tensor *weight, orepa_tensor *bias, const orepa_conv *conv);
+
+/* ---- norm -------------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+  double eps;
+  double momentum; /* running = (1 - momentum) * running + momentum * batch; the variance unbiased there */
+  bool training;   /* normalise by the batch and update running statistics; else by running statistics */
+} orepa_norm;
+
+/* Batch norm over all axes but the second of x (N, C, ...); weight, bias (C) may be NULL, and so may the running
+ * statistics while training. */
+OREPA_API orepa_tensor *orepa_batch_norm(orepa_tensor *x, orepa_tensor *weight, orepa_tensor *bias,
+                                         orepa_tensor *running_mean, orepa_tensor *running_var, const orepa_norm *norm);
+
+/* ---- pooling ----------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+  int64_t kernel[2], stride[2], padding[2], dilation[2]; /* dilation of max pooling only */
+  bool ceil_mode;                                        /* a last window that hangs over the edge counts */
+  bool count_padding; /* average pooling divides by the window's size, padding included */
+} orepa_pool;
+
+OREPA_API orepa_tensor *orepa_max_pool2d(orepa_tensor *x, const orepa_pool *pool);
+OREPA_API orepa_tensor *orepa_avg_pool2d(orepa_tensor *x, const orepa_pool *pool);
+/* Window o of P covers floor(o*H/P) ... ceil((o+1)*H/P) - 1. */
+OREPA_API orepa_tensor *orepa_adaptive_avg_pool2d(orepa_tensor *x, int64_t height, int64_t width);
+OREPA_API orepa_tensor *orepa_adaptive_max_pool2d(orepa_tensor *x, int64_t height, int64_t width);
+
+/* ---- losses ------------------------------------------------------------------------------------------------------ */
+
+OREPA_API orepa_tensor *orepa_softmax(orepa_tensor *x, int axis);
+OREPA_API orepa_tensor *orepa_log_softmax(orepa_tensor *x, int axis);
+
+typedef struct {
+  double label_smoothing;
+  int64_t ignore_index; /* rows with this label have no loss and no gradient */
+  bool mean;            /* over the rows that are not ignored; 0 if all are. Else one loss per row. */
+} orepa_cross_entropy_options;
+
+/* logits (N, C) with labels (N), or (N, C, H, W) with (N, H, W); labels are int64 and count from 0. */
+OREPA_API orepa_tensor *orepa_cross_entropy(orepa_tensor *logits, orepa_tensor *labels,
+                                            const orepa_cross_entropy_options *options);
+
+/* ---- optimizer --------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+  double momentum;
+  bool nesterov;
+} orepa_sgd_options;
+
+/* For each k: g = grad + decay[k]*p; v = momentum*v + g; p -= rate[k] * (nesterov ? g + momentum*v : v). velocities[k]
+ * may be NULL where momentum is 0, and starts at zero. One pass over all parameters, which may not require anything of
+ * autograd. */
+OREPA_API int orepa_sgd_step(int count, orepa_tensor *const *parameters, orepa_tensor *const *gradients,
+                             orepa_tensor *const *velocities, const double *rates, const double *decays,
+                             const orepa_sgd_options *options);
+/* float64 (count): the sum of squares of each tensor, accumulated in float64. Not finite exactly where a tensor is not.
+ */
+OREPA_API orepa_tensor *orepa_square_sums(int count, orepa_tensor *const *tensors);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

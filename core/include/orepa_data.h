@@ -1,0 +1,64 @@
+/* orepa_data.h: from dataset files to batches: idx files, the order of an epoch, and batches of images and labels.
+ *
+ * Everything here works on tensors of the device "cpu" and refuses others by name; batches go to another device with
+ * orepa_to. No graph is recorded. What is random is a function of its arguments alone (Philox, keyed by `seed`): not of
+ * threads, of the composition of batches, of the order of calls, nor of the generator behind orepa_rand, which it
+ * leaves untouched. All functions may be called from several threads at once. As in orepa.h, a function that fails
+ * returns NULL or -1 and leaves a message for orepa_error. */
+#ifndef OREPA_DATA_H
+#define OREPA_DATA_H
+
+#include "orepa.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ---- idx files --------------------------------------------------------------------------------------------------- */
+
+/* Reads an idx file, the format of MNIST (yann.lecun.com/exdb/mnist): two zero bytes, a type code, the rank, the sizes
+ * (32 bits each), the elements in logical order; all big-endian. The file may be compressed by gzip, whatever its name.
+ *
+ * Codes 0x08 0x0C 0x0D 0x0E give uint8 int32 float32 float64; 0x09 and 0x0B, int8 and int16, are refused. The rank is 1
+ * to OREPA_MAX_RANK; sizes of 0 are legal. A file that is shorter or longer than its header says is an error, and so is
+ * a gzip stream that is damaged, cut off or followed by other bytes. Memory follows the bytes that are really there,
+ * never what a header claims. */
+OREPA_API orepa_tensor *orepa_load_idx(const char *path);
+/* The same of a file's `size` bytes in memory; `name` stands for the path in messages. */
+OREPA_API orepa_tensor *orepa_parse_idx(const char *name, const void *bytes, size_t size);
+
+/* ---- the order of an epoch --------------------------------------------------------------------------------------- */
+
+/* int64 (count): the numbers 0 ... count-1, shuffled by unbiased numbers (Fisher and Yates). */
+OREPA_API orepa_tensor *orepa_permutation(int64_t count, uint64_t seed, uint64_t epoch);
+
+/* ---- batches ----------------------------------------------------------------------------------------------------- */
+
+/* How an image becomes a sample: padded, cropped, mirrored, normalised. {0}: the image as it is, bytes over 255. */
+typedef struct {
+  int64_t padding; /* pixels on each side; they are 0 after normalisation: in the image they would be the mean */
+  int64_t crop[2]; /* height, width of the sample, at most those of the padded image; 0: as the image without padding */
+  bool flip;       /* mirror left and right with probability 1/2 */
+  bool augment;    /* true: random crops and flips; false: the centre of the image (the upper left of two), no flip */
+  int channels;    /* entries of mean and deviation: the images' channels; not looked at if both are NULL */
+  const float *mean, *deviation; /* by channel, in units of x/255 for bytes; NULL: all 0, all 1 */
+  uint64_t seed, epoch;          /* with the image's index, what decides on crop and flip */
+} orepa_image_transform;
+
+/* images: uint8 or float32, (N, H, W) or (N, C, H, W), any strides. indices: int64 (B), positions from 0 to N-1.
+ * Gives float32 (B, C, h, w), where x is (x/255 - mean[c]) / deviation[c] for uint8, rounded once, and
+ * (x - mean[c]) * (1/deviation[c]) for float32. Every offset of the crop is equally likely, to within 2^-32 each. */
+OREPA_API orepa_tensor *orepa_image_batch(orepa_tensor *images, orepa_tensor *indices,
+                                          const orepa_image_transform *transform);
+/* labels: int64, int32 or uint8 (N). indices as above. Gives int64 (B). */
+OREPA_API orepa_tensor *orepa_label_batch(orepa_tensor *labels, orepa_tensor *indices);
+
+/* The mean and the deviation (of the whole, divided by the number of pixels) of each channel, of x/255 for uint8: what
+ * a transform wants. Images as above, at least one pixel; mean and deviation have room for C numbers, 1 for rank 3.
+ * Bytes are counted in integers; floats are summed in float64 in two passes. The same bits at any number of threads. */
+OREPA_API int orepa_image_statistics(orepa_tensor *images, double *mean, double *deviation);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,107 @@
+/* conv.c: two-dimensional convolution in its three directions. */
+#include "ops/ops.h"
+
+/* ---- shape ---- */
+
+static int conv_shape(const orepa_tensor *x, const orepa_tensor *w, const orepa_tensor *bias, const orepa_conv *c,
+                      int64_t *shape) {
+  static const char *const axis[2] = {"height", "width"};
+  const char *const x_text = shape_text(x->rank, x->shape), *const w_text = shape_text(w->rank, w->shape);
+  if (x->rank != 4 || w->rank != 4)
+    return error_set("conv2d: input %s, kernel %s: both must have 4 dimensions", x_text, w_text);
+  if (c->groups < 1 || x->shape[1] % c->groups || w->shape[0] % c->groups)
+    return error_set("conv2d: %lld groups don't divide %lld input and %lld output channels (input %s, kernel %s)",
+                     (long long)c->groups, (long long)x->shape[1], (long long)w->shape[0], x_text, w_text);
+  if (w->shape[1] * c->groups != x->shape[1])
+    return error_set("conv2d: kernel has %lld input channels, input has %lld (input %s, kernel %s, groups %lld)",
+                     (long long)(w->shape[1] * c->groups), (long long)x->shape[1], x_text, w_text,
+                     (long long)c->groups);
+  if (bias && (bias->rank != 1 || bias->shape[0] != w->shape[0]))
+    return error_set("conv2d: bias %s for %lld output channels (kernel %s)", shape_text(bias->rank, bias->shape),
+                     (long long)w->shape[0], w_text);
+  shape[0] = x->shape[0];
+  shape[1] = w->shape[0];
+  for (int d = 0; d < 2; d++) {
+    if (c->stride[d] < 1 || c->dilation[d] < 1 || c->padding[d] < 0)
+      return error_set("conv2d: stride %lld, padding %lld, dilation %lld of the %s: at least 1, 0, 1",
+                       (long long)c->stride[d], (long long)c->padding[d], (long long)c->dilation[d], axis[d]);
+    int64_t span = c->dilation[d] * (w->shape[2 + d] - 1) + 1, room = x->shape[2 + d] + 2 * c->padding[d];
+    if (w->shape[2 + d] < 1 || span > room)
+      return error_set("conv2d: a kernel that spans %lld does not fit into a %s of %lld with padding %lld (input %s, "
+                       "kernel %s)",
+                       (long long)span, axis[d], (long long)x->shape[2 + d], (long long)c->padding[d], x_text, w_text);
+    shape[2 + d] = (room - span) / c->stride[d] + 1;
+  }
+  return 0;
+}
+
+/* ---- backward ---- */
+
+static int conv_backward(autograd_node *node, orepa_tensor *given, orepa_tensor **dx) {
+  const orepa_conv *conv = node->payload;
+  const orepa_device *device = given->storage->device;
+  device_array x, w, dy, to, to_bias;
+  orepa_tensor *saved_x = autograd_saved_tensor(node, 0), *saved_w = saved_x ? autograd_saved_tensor(node, 1) : NULL;
+  orepa_tensor *dense = saved_w ? op_dense(given) : NULL;
+  int failed = !dense || tensor_reads(saved_x, &x) || tensor_reads(saved_w, &w) || tensor_reads(dense, &dy);
+  if (!failed && autograd_needs(node, 0)) {
+    failed = !(dx[0] = tensor_like(saved_x)) || tensor_writes(dx[0], &to) ||
+             DISPATCH("conv2d's data gradient", x.dtype, device, conv_backward_data, conv, &to, &dy, &w);
+  }
+  if (!failed && autograd_needs(node, 2)) {
+    failed = !(dx[2] = tensor_new(dense->dtype, device, 1, &w.shape[0])) || tensor_writes(dx[2], &to_bias);
+  }
+  if (!failed && (autograd_needs(node, 1) || dx[2])) {
+    orepa_tensor *dw = tensor_like(saved_w);
+    failed = !dw || tensor_writes(dw, &to) ||
+             DISPATCH("conv2d's weight gradient", x.dtype, device, conv_backward_weight, conv, &to,
+                      dx[2] ? &to_bias : NULL, &x, &dy, NULL);
+    if (!failed && autograd_needs(node, 1))
+      dx[1] = dw;
+    else
+      orepa_release(dw);
+  }
+  orepa_release(dense);
+  return failed ? -1 : 0;
+}
+
+static const autograd_op conv_op = {"conv2d", conv_backward, NULL};
+
+/* ---- forward ---- */
+
+static orepa_tensor *conv_forward(orepa_tensor *x, orepa_tensor *w, orepa_tensor *bias, const orepa_conv *conv,
+                                  const int64_t *shape) {
+  orepa_tensor *y = tensor_new(x->dtype, x->storage->device, 4, shape);
+  device_array from, kernel, added, to;
+  if (!y)
+    return NULL;
+  if (tensor_materialize(y) || tensor_reads(x, &from) || tensor_reads(w, &kernel) ||
+      (bias && tensor_reads(bias, &added)) || tensor_writes(y, &to) ||
+      DISPATCH("conv2d", x->dtype, x->storage->device, conv_forward, conv, &to, &from, &kernel, bias ? &added : NULL,
+               NULL, NULL))
+    return tensor_fail(y);
+  return y;
+}
+
+orepa_tensor *orepa_conv2d(orepa_tensor *x, orepa_tensor *weight, orepa_tensor *bias, const orepa_conv *conv) {
+  int64_t shape[4];
+  if (op_same_kind("conv2d", 3, (orepa_tensor *[]){x, weight, bias}, (const char *[]){"input", "kernel", "bias"}) ||
+      conv_shape(x, weight, bias, conv, shape))
+    return NULL;
+  orepa_tensor *dense_x = op_dense(x), *dense_w = dense_x ? op_dense(weight) : NULL;
+  orepa_tensor *dense_bias = dense_w && bias ? op_dense(bias) : NULL, *y = NULL;
+  autograd_node *node = NULL;
+  if (dense_w && (dense_bias || !bias))
+    y = conv_forward(dense_x, dense_w, dense_bias, conv, shape);
+  if (y && autograd_record(&conv_op, y, (orepa_tensor *[]){x, weight, bias}, 3, 2, sizeof *conv, &node))
+    y = tensor_fail(y);
+  if (node) {
+    *(orepa_conv *)node->payload = *conv;
+    autograd_save(node, 0, dense_x);
+    autograd_save(node, 1, dense_w);
+  }
+  orepa_release(dense_x);
+  orepa_release(dense_w);
+  orepa_release(dense_bias);
+  return y;
+}

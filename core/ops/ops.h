@@ -1,0 +1,26 @@
+/* ops.h: what op files share: gradients summed back to a shape, and the usual checks. */
+#ifndef OREPA_CORE_OPS_H
+#define OREPA_CORE_OPS_H
+
+#include "autograd/autograd.h"
+#include "elementwise.h"
+#include "tensor/tensor.h"
+
+/* Sums a gradient over the axes that broadcasting added or stretched, to `shape`. A new reference, perhaps g itself. */
+orepa_tensor *op_sum_to(orepa_tensor *g, int rank, const int64_t *shape);
+
+/* The broadcast shape of two; -1 and a message that names `op`. */
+int op_broadcast(const char *op, int rank_a, const int64_t *a, int rank_b, const int64_t *b, int *rank, int64_t *shape);
+
+/* All tensors on one device and of one type, NULLs left out; -1 and a message. `names` are for the message. */
+int op_same_kind(const char *op, int count, orepa_tensor *const *tensors, const char *const *names);
+
+/* Contiguous, without a graph: what kernels with dense arguments read. A new reference. */
+orepa_tensor *op_dense(orepa_tensor *t);
+
+/* y = f(a, b) without recording, for backward functions; numbers by OPERAND_NUMBER. */
+#define OPERAND(t) ((orepa_operand){.tensor = (t)})
+#define OPERAND_NUMBER(x) ((orepa_operand){.number = (x)})
+orepa_tensor *op_apply2(orepa_function f, orepa_operand a, orepa_operand b);
+
+#endif

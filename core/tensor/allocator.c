@@ -1,0 +1,208 @@
+/* allocator.c: the caching allocator: freed blocks are kept by size class and reused, so that a training step after the
+ * first asks the system for no memory; and the contexts of the devices, which hold its books.
+ *
+ * Size classes are eight steps to each power of two, at least 64 bytes: at most an eighth of a block is wasted. */
+#include <pthread.h>
+#include <stdlib.h>
+
+#include "tensor/tensor.h"
+
+enum { STEPS = 8, CLASSES = 64 * STEPS, SMALLEST = 64, MAX_DEVICES = 8 };
+
+/* Kept blocks of one class. The list is host memory: a block may be one that the host cannot touch. */
+typedef struct {
+  void **blocks;
+  size_t count, capacity;
+} block_list;
+
+typedef struct {
+  device_context context;
+  pthread_mutex_t lock;
+  block_list free[CLASSES];
+  orepa_memory_info info;
+  size_t wanted_limit; /* set by the user; 0: follow the system */
+} device_books;
+
+static device_books books[MAX_DEVICES];
+static int devices;
+static atomic_size_t live_everywhere;
+static pthread_mutex_t devices_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static void *workspace(device_context *context, size_t bytes) {
+  if (bytes > context->workspace_bytes) {
+    allocator_put(context->device, context->workspace_memory, context->workspace_bytes);
+    context->workspace_bytes = 0;
+    context->workspace_memory = allocator_get(context->device, bytes);
+    if (!context->workspace_memory)
+      return NULL;
+    context->workspace_bytes = bytes;
+  }
+  return context->workspace_memory;
+}
+
+static device_books *books_of(const orepa_device *device) {
+  for (int k = 0; k < devices; k++)
+    if (books[k].context.device == device)
+      return &books[k];
+  pthread_mutex_lock(&devices_lock);
+  device_books *found = NULL;
+  for (int k = 0; k < devices && !found; k++)
+    if (books[k].context.device == device)
+      found = &books[k];
+  if (!found) {
+    found = &books[devices];
+    found->context.device = device;
+    found->context.workspace = workspace;
+    found->context.offence_position = -1;
+    pthread_mutex_init(&found->lock, NULL);
+    devices++;
+  }
+  pthread_mutex_unlock(&devices_lock);
+  return found;
+}
+
+device_context *device_context_of(const orepa_device *device) {
+  return &books_of(device)->context;
+}
+
+/* The class of a size, and the size rounded up to it. */
+static int size_class(size_t *bytes) {
+  size_t size = *bytes < SMALLEST ? SMALLEST : *bytes;
+  int power = 63 - __builtin_clzll(size);
+  size_t step = (size_t)1 << power >> 3; /* an eighth of the power of two below */
+  size_t steps = (size - ((size_t)1 << power) + step - 1) / step;
+  *bytes = ((size_t)1 << power) + steps * step;
+  return power * STEPS + (int)steps; /* steps == 8 is the next power's class 0 */
+}
+
+static void give_back_all(device_books *b) {
+  for (int k = 0; k < CLASSES; k++) {
+    block_list *list = &b->free[k];
+    size_t size = ((size_t)1 << k / STEPS) + (size_t)(k % STEPS) * ((size_t)1 << k / STEPS >> 3);
+    for (size_t n = 0; n < list->count; n++) {
+      b->context.device->deallocate(&b->context, list->blocks[n], size);
+      b->info.cached -= size;
+    }
+    list->count = 0;
+  }
+}
+
+enum { LARGE = 1 << 20 };
+
+/* The limit is read again whenever the system is asked for a large block: others use memory too. */
+static size_t limit_of(device_books *b, size_t bytes) {
+  if (b->wanted_limit)
+    return b->info.limit = b->wanted_limit;
+  if (!b->info.limit || bytes >= LARGE)
+    b->info.limit = b->info.live + b->info.cached + b->context.device->available(&b->context);
+  return b->info.limit;
+}
+
+static void *ask_system(device_books *b, size_t bytes) {
+  if (b->info.live + b->info.cached + bytes > limit_of(b, bytes)) {
+    give_back_all(b);
+    if (b->info.live + bytes > limit_of(b, LARGE))
+      return NULL;
+  }
+  b->info.system++;
+  void *memory = b->context.device->allocate(&b->context, bytes);
+  if (!memory) {
+    give_back_all(b);
+    memory = b->context.device->allocate(&b->context, bytes);
+  }
+  return memory;
+}
+
+void *allocator_get(const orepa_device *device, size_t wanted) {
+  device_books *b = books_of(device);
+  size_t bytes = wanted;
+  if (wanted > SIZE_MAX / 4) {
+    error_out_of_memory("out of memory: %zu bytes wanted on '%s'", wanted, device->name);
+    return NULL;
+  }
+  int class = size_class(&bytes);
+  pthread_mutex_lock(&b->lock);
+  block_list *list = &b->free[class];
+  void *memory = NULL;
+  if (list->count) {
+    memory = list->blocks[--list->count];
+    b->info.cached -= bytes;
+  } else {
+    memory = ask_system(b, bytes);
+  }
+  if (memory) {
+    b->info.live += bytes;
+    atomic_fetch_add_explicit(&live_everywhere, bytes, memory_order_relaxed);
+    if (b->info.live > b->info.peak)
+      b->info.peak = b->info.live;
+  }
+  orepa_memory_info info = b->info;
+  pthread_mutex_unlock(&b->lock);
+  if (!memory)
+    error_out_of_memory("out of memory: %zu bytes wanted on '%s', where %zu are in use, %zu kept for reuse, and the "
+                        "limit is %zu",
+                        wanted, device->name, info.live, info.cached, info.limit);
+  return memory;
+}
+
+void allocator_put(const orepa_device *device, void *memory, size_t wanted) {
+  if (!memory)
+    return;
+  device_books *b = books_of(device);
+  size_t bytes = wanted;
+  int class = size_class(&bytes);
+  pthread_mutex_lock(&b->lock);
+  block_list *list = &b->free[class];
+  b->info.live -= bytes;
+  atomic_fetch_sub_explicit(&live_everywhere, bytes, memory_order_relaxed);
+  if (list->count == list->capacity) {
+    size_t capacity = list->capacity ? 2 * list->capacity : 16;
+    void **blocks = realloc(list->blocks, capacity * sizeof *blocks);
+    if (blocks) {
+      list->blocks = blocks;
+      list->capacity = capacity;
+    }
+  }
+  if (list->count < list->capacity) {
+    list->blocks[list->count++] = memory;
+    b->info.cached += bytes;
+  } else { /* not even room for a pointer */
+    device->deallocate(&b->context, memory, bytes);
+  }
+  pthread_mutex_unlock(&b->lock);
+}
+
+size_t orepa_memory_live(void) {
+  return atomic_load_explicit(&live_everywhere, memory_order_relaxed);
+}
+
+orepa_memory_info orepa_memory(const orepa_device *device) {
+  device_books *b = books_of(device);
+  pthread_mutex_lock(&b->lock);
+  limit_of(b, LARGE);
+  orepa_memory_info info = b->info;
+  pthread_mutex_unlock(&b->lock);
+  return info;
+}
+
+void orepa_reset_peak(const orepa_device *device) {
+  device_books *b = books_of(device);
+  pthread_mutex_lock(&b->lock);
+  b->info.peak = b->info.live;
+  pthread_mutex_unlock(&b->lock);
+}
+
+void orepa_set_memory_limit(const orepa_device *device, size_t bytes) {
+  device_books *b = books_of(device);
+  pthread_mutex_lock(&b->lock);
+  b->wanted_limit = bytes;
+  b->info.limit = bytes;
+  pthread_mutex_unlock(&b->lock);
+}
+
+void orepa_empty_cache(const orepa_device *device) {
+  device_books *b = books_of(device);
+  pthread_mutex_lock(&b->lock);
+  give_back_all(b);
+  pthread_mutex_unlock(&b->lock);
+}

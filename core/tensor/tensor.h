@@ -1,0 +1,80 @@
+/* tensor.h: tensors and storages from the inside.
+ *
+ * A storage is memory with a version. Kernels reach it through two doors only: tensor_reads, which makes a tensor a
+ * kernel's argument, and tensor_writes, which does so for writing and counts the write. A storage has a size from the
+ * start and gets its memory at the first door. */
+#ifndef OREPA_CORE_TENSOR_H
+#define OREPA_CORE_TENSOR_H
+
+#include <stdatomic.h>
+
+#include "device.h"
+#include "error.h"
+#include "orepa.h"
+
+typedef struct autograd_node autograd_node;
+
+typedef struct {
+  atomic_int references;
+  const orepa_device *device;
+  size_t bytes;
+  void *memory; /* NULL until it is needed */
+  uint64_t version;
+  bool viewed_in_graph; /* a view of it was made while a graph was recorded: in-place ops with gradients are refused */
+} tensor_storage;
+
+struct orepa_tensor {
+  atomic_int references;
+  orepa_dtype dtype;
+  int rank;
+  int64_t shape[OREPA_MAX_RANK], strides[OREPA_MAX_RANK]; /* strides in elements */
+  int64_t offset;                                         /* in elements */
+  tensor_storage *storage;
+  bool is_view;
+  bool requires_grad;  /* of a leaf: asked for; of others: some input has it */
+  autograd_node *node; /* what computed it; NULL: a leaf */
+  orepa_tensor *grad;
+};
+
+/* ---- the two doors: 0, or -1 where there is no memory */
+int tensor_reads(orepa_tensor *t, device_array *array);
+int tensor_writes(orepa_tensor *t, device_array *array);
+
+/* ---- making */
+/* Checks rank, sizes and that the bytes can be counted. No memory is allocated before the first door. */
+orepa_tensor *tensor_new(orepa_dtype dtype, const orepa_device *device, int rank, const int64_t *shape);
+orepa_tensor *tensor_like(const orepa_tensor *t); /* type, device, shape */
+/* The same storage with other geometry; no node, no gradient asked. */
+orepa_tensor *tensor_alias(orepa_tensor *t, int rank, const int64_t *shape, const int64_t *strides, int64_t offset);
+/* Drops the reference and returns NULL: `return tensor_fail(y);` */
+orepa_tensor *tensor_fail(orepa_tensor *t);
+/* Allocates the memory of a storage now, so that nothing fails later. */
+int tensor_materialize(orepa_tensor *t);
+
+/* ---- geometry */
+int64_t shape_count(int rank, const int64_t *shape);
+/* Strides of a dense tensor: channels-last for rank 4, else row-major. */
+void shape_strides(int rank, const int64_t *shape, int64_t *strides);
+void shape_row_major(int rank, const int64_t *shape, int64_t *strides);
+/* Whether the strides are these, sizes of 1 left aside. */
+bool shape_has_strides(int rank, const int64_t *shape, const int64_t *strides, const int64_t *wanted);
+bool shape_equal(const orepa_tensor *a, const orepa_tensor *b);
+/* The axis, counted from 0, of `axis` in [-rank, rank); -1 and a message otherwise. */
+int shape_axis(const char *op, int rank, int axis);
+
+/* Gives back the storage of a handle that is not counted itself (autograd_saved). */
+void tensor_drop_storage(orepa_tensor *t);
+
+/* ---- the allocator: blocks by size class, kept when freed (allocator.c) */
+void *allocator_get(const orepa_device *device, size_t bytes);
+void allocator_put(const orepa_device *device, void *memory, size_t bytes);
+
+/* ---- random numbers */
+/* The number of the next draw. */
+orepa_rng rng_draw(void);
+
+/* ---- small kernels that everybody calls, without autograd */
+int tensor_copy_into(orepa_tensor *dst, orepa_tensor *src); /* shapes equal; converts */
+int tensor_fill(orepa_tensor *t, double value);
+
+#endif

@@ -1,0 +1,107 @@
+/* bind.h: what all bindings share. A tensor in Lua is a userdata that holds one reference; a binding makes the userdata first
+ * and fills it second, so that an error in between leaks nothing.
+ *
+ * Each family of functions is one table of rows: name, function, documentation. The documentation's first line is the
+ * signature; lines that start with "> " are an example, which a test runs. */
+#ifndef OREPA_BIND_H
+#define OREPA_BIND_H
+
+#include <lauxlib.h>
+#include <lua.h>
+
+#include "orepa.h"
+
+typedef struct {
+  const char *name;
+  lua_CFunction function;
+  const char *documentation;
+} bind_row;
+
+/* Adds the rows to the table on top of the stack, and their documentation under `prefix` ("F." and the like). */
+void bind_register(lua_State *L, const char *prefix, const bind_row *rows);
+void bind_document(lua_State *L, const char *name, const char *documentation);
+
+/* ---- errors: raised at the user's line, which is the innermost one outside the library */
+int bind_error(lua_State *L, const char *format, ...);
+int bind_fail(lua_State *L); /* with the engine's message */
+
+/* ---- tensors */
+#define BIND_TENSOR "orepa.Tensor"
+orepa_tensor *bind_tensor(lua_State *L, int index);        /* an error if it is no tensor, or one that was released */
+orepa_tensor *bind_tensor_or_nil(lua_State *L, int index); /* NULL for nil and none */
+orepa_tensor *bind_test_tensor(lua_State *L, int index);   /* NULL for anything else */
+orepa_tensor **bind_new(lua_State *L);                     /* pushes an empty handle */
+void bind_push(lua_State *L, orepa_tensor *t);             /* pushes a handle with a new reference; nil for NULL */
+
+/* Collects garbage if the engine's live bytes have grown so far that dead handles probably hold them. */
+void bind_collect(lua_State *L);
+/* After a failed call: whether memory ran out and garbage was collected, so that it is worth trying again. */
+bool bind_retry(lua_State *L);
+
+/* Returns the tensor that `call` makes, one retry included: the last statement of a binding. */
+#define BIND_RETURN(L, call)                                                                                             \
+  do {                                                                                                                   \
+    bind_collect(L);                                                                                                     \
+    orepa_tensor **handle = bind_new(L);                                                                                 \
+    *handle = (call);                                                                                                    \
+    if (!*handle && bind_retry(L))                                                                                       \
+      *handle = (call);                                                                                                  \
+    return *handle ? 1 : bind_fail(L);                                                                                   \
+  } while (0)
+
+/* Returns the first argument after `call`, which gives 0 or -1. */
+#define BIND_RETURN_SELF(L, call)                                                                                        \
+  do {                                                                                                                   \
+    bind_collect(L);                                                                                                     \
+    if ((call) && (!bind_retry(L) || (call)))                                                                            \
+      return bind_fail(L);                                                                                               \
+    lua_settop(L, 1);                                                                                                    \
+    return 1;                                                                                                            \
+  } while (0)
+
+/* ---- arguments */
+/* Whether the value is a table with at least one key, all of them strings. Mixed keys are an error. */
+bool bind_is_options(lua_State *L, int index);
+/* Checks that no key but these (ended by NULL) is in the options at `index`; none and nil are empty. Returns the index or 0. */
+int bind_options(lua_State *L, int index, const char *function, const char *const *known);
+bool bind_option(lua_State *L, int options, const char *name); /* pushes the value unless it is nil or absent */
+double bind_option_number(lua_State *L, int options, const char *name, double otherwise);
+int64_t bind_option_integer(lua_State *L, int options, const char *name, int64_t otherwise);
+bool bind_option_boolean(lua_State *L, int options, const char *name, bool otherwise);
+/* A number or {height, width}. */
+void bind_option_pair(lua_State *L, int options, const char *name, const int64_t otherwise[2], int64_t pair[2]);
+
+int64_t bind_integer(lua_State *L, int index, const char *what); /* integral floats too */
+/* Dimensions, given from 1 or from the end as -1, counted from 0. */
+int bind_axis(lua_State *L, int index, int rank, const char *function);
+/* A shape: a list at `index`, or numbers from there on to `last`. Returns the rank. */
+int bind_shape(lua_State *L, int index, int last, int64_t *shape, bool allow_unknown);
+/* {dtype=, device=} at `index` if there is one; otherwise the defaults: float32 on cpu. */
+typedef struct {
+  orepa_dtype dtype;
+  const orepa_device *device;
+  bool typed; /* a type was named */
+} bind_kind;
+bind_kind bind_kind_option(lua_State *L, int index, const char *function);
+orepa_dtype bind_dtype(lua_State *L, const char *name);
+const orepa_device *bind_device(lua_State *L, const char *name);
+
+/* An operand of an element-wise function: a tensor or a number. */
+orepa_operand bind_operand(lua_State *L, int index);
+
+/* ---- the families: each adds its functions to the module table on top of the stack, and its methods to Tensor's */
+void bind_tensor_family(lua_State *L);
+void bind_view_family(lua_State *L);
+void bind_elementwise_family(lua_State *L);
+void bind_functional_family(lua_State *L);
+void bind_autograd_family(lua_State *L);
+void bind_system_family(lua_State *L);
+void bind_optimizer_family(lua_State *L);
+void bind_file_family(lua_State *L);
+void bind_data_family(lua_State *L);
+void bind_reparam_family(lua_State *L);
+
+/* Pushes the table of Tensor's methods. */
+void bind_push_methods(lua_State *L);
+
+#endif

@@ -1,0 +1,199 @@
+/* elementwise.c: the element-wise functions of the engine's list, operators, reductions and matrix products. */
+#include <string.h>
+
+#include "bind.h"
+
+/* ---- functions: one closure each, out of place (t:exp()) and in place (t:exp_()) ---- */
+
+static void operands_of(lua_State *L, orepa_function f, orepa_operand *operands) {
+  int arity = orepa_function_arity(f);
+  if (lua_gettop(L) != arity)
+    bind_error(L, "%s: %d operands expected, got %d", orepa_function_name(f), arity, lua_gettop(L));
+  for (int k = 0; k < arity; k++)
+    operands[k] = bind_operand(L, k + 1);
+}
+
+static int l_apply(lua_State *L) {
+  orepa_function f = (orepa_function)lua_tointeger(L, lua_upvalueindex(1));
+  orepa_operand operands[3];
+  operands_of(L, f, operands);
+  BIND_RETURN(L, orepa_apply(f, operands));
+}
+
+static int l_apply_in_place(lua_State *L) {
+  orepa_function f = (orepa_function)lua_tointeger(L, lua_upvalueindex(1));
+  orepa_operand operands[3];
+  operands_of(L, f, operands);
+  BIND_RETURN_SELF(L, orepa_apply_in_place(f, operands));
+}
+
+/* Lua calls __unm with its operand twice. */
+static int l_unm(lua_State *L) {
+  lua_settop(L, 1);
+  return l_apply(L);
+}
+
+static const struct {
+  const char *function, *metamethod, *text;
+} documents[] = {
+    {"add", "__add", "t:add(other) -> tensor, t + other\nThe sum, with broadcasting.\n> orepa.ones(2) + 1"},
+    {"sub", "__sub", "t:sub(other) -> tensor, t - other\nThe difference.\n> 1 - orepa.ones(2)"},
+    {"mul", "__mul", "t:mul(other) -> tensor, t * other\nThe product, element by element.\n> orepa.ones(2) * 3"},
+    {"div", "__div", "t:div(other) -> tensor, t / other\nThe quotient; of integers too it is float32.\n> orepa.ones(2) / 4"},
+    {"pow", "__pow", "t:pow(other) -> tensor, t ^ other\nThe power.\n> orepa.arange(3) ^ 2"},
+    {"neg", "__unm", "t:neg() -> tensor, -t\nThe negative.\n> -orepa.ones(2)"},
+    {"maximum", NULL, "t:maximum(other) -> tensor\nThe larger of both; NaN wins.\n> orepa.arange(3):maximum(2)"},
+    {"minimum", NULL, "t:minimum(other) -> tensor\nThe smaller of both; NaN wins.\n> orepa.arange(3):minimum(2)"},
+    {"abs", NULL, "t:abs() -> tensor\nThe magnitude.\n> orepa.tensor({-1, 2}):abs()"},
+    {"sqrt", NULL, "t:sqrt() -> tensor\nThe square root.\n> orepa.arange(3):sqrt()"},
+    {"exp", NULL, "t:exp() -> tensor\ne to the power of each element.\n> orepa.zeros(2):exp()"},
+    {"log", NULL, "t:log() -> tensor\nThe natural logarithm.\n> orepa.ones(2):log()"},
+    {"relu", NULL, "t:relu() -> tensor\nNegative elements become 0; NaN stays.\n> orepa.tensor({-1, 2}):relu()"},
+    {"clamp", NULL, "t:clamp(lowest, highest) -> tensor\nEach element moved between two bounds.\n> orepa.arange(5):clamp(2, 4)"},
+    {"multiply_add", NULL, "t:multiply_add(factor, term) -> tensor\nt * factor + term in one pass.\n"
+                           "> orepa.arange(3):multiply_add(2, 1)"},
+    {"eq", NULL, "t:eq(other) -> bool tensor\nWhether elements are equal (`==` tells whether two handles are one tensor).\n"
+                 "> orepa.arange(3):eq(2)"},
+    {"ne", NULL, "t:ne(other) -> bool tensor\nWhether elements differ.\n> orepa.arange(3):ne(2)"},
+    {"lt", NULL, "t:lt(other) -> bool tensor\nLess than.\n> orepa.arange(3):lt(2)"},
+    {"le", NULL, "t:le(other) -> bool tensor\nLess than or equal.\n> orepa.arange(3):le(2)"},
+    {"gt", NULL, "t:gt(other) -> bool tensor\nGreater than.\n> orepa.arange(3):gt(2)"},
+    {"ge", NULL, "t:ge(other) -> bool tensor\nGreater than or equal.\n> orepa.arange(3):ge(2)"},
+    {"isfinite", NULL, "t:isfinite() -> bool tensor\nNeither infinite nor NaN.\n> orepa.tensor({1, 1/0}):isfinite()"},
+};
+
+static bool is_comparison(const char *name) {
+  static const char *const names[] = {"eq", "ne", "lt", "le", "gt", "ge", "isfinite"};
+  for (size_t k = 0; k < sizeof names / sizeof *names; k++)
+    if (!strcmp(names[k], name))
+      return true;
+  return false;
+}
+
+/* With the table of methods on top and Tensor's metatable below it. */
+static void register_functions(lua_State *L) {
+  for (orepa_function f = 0; f < orepa_function_count(); f++) {
+    const char *name = orepa_function_name(f);
+    lua_pushinteger(L, f);
+    lua_pushcclosure(L, l_apply, 1);
+    lua_setfield(L, -2, name);
+    if (!is_comparison(name)) {
+      lua_pushfstring(L, "%s_", name);
+      lua_pushinteger(L, f);
+      lua_pushcclosure(L, l_apply_in_place, 1);
+      lua_rawset(L, -3);
+    }
+  }
+  for (size_t k = 0; k < sizeof documents / sizeof *documents; k++) {
+    const char *name = documents[k].function;
+    bind_document(L, lua_pushfstring(L, "t:%s", name), documents[k].text);
+    if (!is_comparison(name)) {
+      lua_pushfstring(L, "t:%s_(...) -> t\nt:%s(...) written into t.", name, name);
+      bind_document(L, lua_pushfstring(L, "t:%s_", name), lua_tostring(L, -2));
+      lua_pop(L, 2);
+    }
+    lua_pop(L, 1);
+    if (documents[k].metamethod) {
+      lua_pushinteger(L, orepa_function_by_name(name));
+      lua_pushcclosure(L, strcmp(name, "neg") ? l_apply : l_unm, 1);
+      lua_setfield(L, -3, documents[k].metamethod);
+    }
+  }
+}
+
+/* ---- reductions: t:sum(), t:sum(dim, ...), t:sum({dims}), each with {keepdim=true} last ---- */
+
+static int l_reduce(lua_State *L) {
+  static const char *const known[] = {"keepdim", NULL};
+  orepa_reduction kind = (orepa_reduction)lua_tointeger(L, lua_upvalueindex(1));
+  const char *name = lua_tostring(L, lua_upvalueindex(2));
+  orepa_tensor *t = bind_tensor(L, 1);
+  int top = lua_gettop(L), last = top > 1 && bind_is_options(L, top) ? top - 1 : top;
+  bool keepdim = last < top && bind_option_boolean(L, bind_options(L, top, name, known), "keepdim", false);
+  int axes[OREPA_MAX_RANK], count = 0;
+  bool list = last >= 2 && lua_istable(L, 2);
+  int given = list ? (int)lua_rawlen(L, 2) : last - 1;
+  if (given > OREPA_MAX_RANK)
+    return bind_error(L, "%s: %d dimensions listed, a tensor has at most %d", name, given, OREPA_MAX_RANK);
+  for (; count < given; count++) {
+    if (list)
+      lua_rawgeti(L, 2, count + 1);
+    else
+      lua_pushvalue(L, 2 + count);
+    axes[count] = bind_axis(L, -1, orepa_rank(t), name);
+    lua_pop(L, 1);
+  }
+  BIND_RETURN(L, orepa_reduce(kind, t, count, count ? axes : NULL, keepdim));
+}
+
+static const struct {
+  const char *name, *text;
+} reductions[OREPA_REDUCTIONS] = {
+    [OREPA_SUM] = {"sum", "t:sum(dims..., {keepdim=}) -> tensor\nThe sum over some dimensions, or over all. Integers and "
+                          "bools give int64.\n> orepa.ones(2, 3):sum(2)"},
+    [OREPA_MEAN] = {"mean", "t:mean(dims..., {keepdim=}) -> tensor\nThe mean over some dimensions, or over all.\n"
+                            "> orepa.ones(2, 3):mean()"},
+    [OREPA_MAX] = {"max", "t:max(dims..., {keepdim=}) -> tensor\nThe largest element; NaN wins; equals share the "
+                          "gradient.\n> orepa.arange(4):max()"},
+    [OREPA_MIN] = {"min", "t:min(dims..., {keepdim=}) -> tensor\nThe smallest element.\n> orepa.arange(4):min()"},
+    [OREPA_ARGMAX] = {"argmax", "t:argmax(dim, {keepdim=}) -> int64 tensor\nWhere the largest element is, counted from 0 "
+                                "like labels; the first of equals.\n> orepa.arange(4):argmax(1)"},
+    [OREPA_ARGMIN] = {"argmin", "t:argmin(dim, {keepdim=}) -> int64 tensor\nWhere the smallest is, counted from 0.\n"
+                                "> orepa.arange(4):argmin(1)"},
+    [OREPA_ALL] = {"all", "t:all(dims..., {keepdim=}) -> bool tensor\nWhether no element is 0.\n> orepa.ones(2):all()"},
+    [OREPA_ANY] = {"any", "t:any(dims..., {keepdim=}) -> bool tensor\nWhether some element is not 0.\n> orepa.ones(2):any()"},
+};
+
+static void register_reductions(lua_State *L) {
+  for (int k = 0; k < OREPA_REDUCTIONS; k++) {
+    lua_pushinteger(L, k);
+    lua_pushstring(L, reductions[k].name);
+    lua_pushcclosure(L, l_reduce, 2);
+    lua_setfield(L, -2, reductions[k].name);
+    bind_document(L, lua_pushfstring(L, "t:%s", reductions[k].name), reductions[k].text);
+    lua_pop(L, 1);
+  }
+}
+
+static int l_matmul(lua_State *L) {
+  orepa_tensor *a = bind_tensor(L, 1), *b = bind_tensor(L, 2);
+  BIND_RETURN(L, orepa_matmul(a, b));
+}
+
+/* ---- writing ---- */
+
+static int l_copy(lua_State *L) {
+  orepa_tensor *dst = bind_tensor(L, 1), *src = bind_tensor(L, 2);
+  BIND_RETURN_SELF(L, orepa_copy_(dst, src));
+}
+
+static int l_fill(lua_State *L) {
+  orepa_tensor *t = bind_tensor(L, 1);
+  double value = luaL_checknumber(L, 2);
+  BIND_RETURN_SELF(L, orepa_fill_(t, value));
+}
+
+static int l_zero(lua_State *L) {
+  orepa_tensor *t = bind_tensor(L, 1);
+  BIND_RETURN_SELF(L, orepa_fill_(t, 0));
+}
+
+static const bind_row methods[] = {
+    {"matmul", l_matmul,
+     "t:matmul(other) -> tensor\nThe matrix product (..., M, K) . (..., K, N), leading dimensions broadcast.\n"
+     "> orepa.ones(2, 3):matmul(orepa.ones(3, 4))"},
+    {"copy_", l_copy, "t:copy_(source) -> t\nWrites the source, broadcast and converted, into t.\n"
+                      "> orepa.zeros(2, 3):copy_(orepa.ones(3))"},
+    {"fill_", l_fill, "t:fill_(value) -> t\nWrites one value everywhere.\n> orepa.zeros(2):fill_(3)"},
+    {"zero_", l_zero, "t:zero_() -> t\nWrites zeros.\n> orepa.ones(2):zero_()"},
+    {NULL, NULL, NULL},
+};
+
+void bind_elementwise_family(lua_State *L) {
+  luaL_getmetatable(L, BIND_TENSOR);
+  bind_push_methods(L);
+  register_functions(L);
+  register_reductions(L);
+  bind_register(L, "t:", methods);
+  lua_pop(L, 2);
+}

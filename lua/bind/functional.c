@@ -1,0 +1,170 @@
+/* functional.c: orepa.F, the ops that layers are made of. */
+#include "bind.h"
+
+static const int64_t one[2] = {1, 1}, zero[2] = {0, 0};
+
+/* Where the options start: after `tensors` arguments, of which trailing ones may be left out. */
+static int options_after(lua_State *L, int required, int tensors) {
+  for (int k = required + 1; k <= tensors + 1; k++)
+    if (lua_istable(L, k))
+      return k;
+  return tensors + 1;
+}
+
+/* An optional tensor before the options. */
+static orepa_tensor *tensor_before(lua_State *L, int index, int options) {
+  return index < options ? bind_tensor_or_nil(L, index) : NULL;
+}
+
+static int l_conv2d(lua_State *L) {
+  static const char *const known[] = {"stride", "padding", "dilation", "groups", NULL};
+  orepa_tensor *x = bind_tensor(L, 1), *w = bind_tensor(L, 2);
+  int at = options_after(L, 2, 3), options = bind_options(L, at, "conv2d", known);
+  orepa_tensor *bias = tensor_before(L, 3, at);
+  orepa_conv conv;
+  bind_option_pair(L, options, "stride", one, conv.stride);
+  bind_option_pair(L, options, "padding", zero, conv.padding);
+  bind_option_pair(L, options, "dilation", one, conv.dilation);
+  conv.groups = bind_option_integer(L, options, "groups", 1);
+  BIND_RETURN(L, orepa_conv2d(x, w, bias, &conv));
+}
+
+static int l_linear(lua_State *L) {
+  orepa_tensor *x = bind_tensor(L, 1), *w = bind_tensor(L, 2), *bias = bind_tensor_or_nil(L, 3);
+  BIND_RETURN(L, orepa_linear(x, w, bias));
+}
+
+static int l_batch_norm(lua_State *L) {
+  static const char *const known[] = {"weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", NULL};
+  static const char *const fields[] = {"weight", "bias", "running_mean", "running_var"};
+  orepa_tensor *x = bind_tensor(L, 1), *channels[4] = {NULL};
+  int options = bind_options(L, 2, "batch_norm", known);
+  for (int k = 0; k < 4; k++)
+    if (bind_option(L, options, fields[k])) {
+      channels[k] = bind_test_tensor(L, -1); /* the options keep it alive */
+      if (!channels[k])
+        return bind_error(L, "batch_norm: option '%s': a tensor expected, got %s", fields[k], luaL_typename(L, -1));
+      lua_pop(L, 1);
+    }
+  orepa_norm norm = {bind_option_number(L, options, "eps", 1e-5), bind_option_number(L, options, "momentum", 0.1),
+                     bind_option_boolean(L, options, "training", false)};
+  BIND_RETURN(L, orepa_batch_norm(x, channels[0], channels[1], channels[2], channels[3], &norm));
+}
+
+static orepa_pool pool_options(lua_State *L, int index, const char *function, const char *const *known) {
+  orepa_pool pool = {.dilation = {1, 1}};
+  int options = bind_options(L, index, function, known);
+  if (!options || !bind_option(L, options, "kernel_size"))
+    bind_error(L, "%s: option 'kernel_size' is missing", function);
+  bind_option_pair(L, options, "kernel_size", one, pool.kernel);
+  bind_option_pair(L, options, "stride", pool.kernel, pool.stride);
+  bind_option_pair(L, options, "padding", zero, pool.padding);
+  bind_option_pair(L, options, "dilation", one, pool.dilation);
+  pool.ceil_mode = bind_option_boolean(L, options, "ceil_mode", false);
+  pool.count_padding = bind_option_boolean(L, options, "count_include_pad", true);
+  return pool;
+}
+
+static int l_max_pool2d(lua_State *L) {
+  static const char *const known[] = {"kernel_size", "stride", "padding", "dilation", "ceil_mode", NULL};
+  orepa_tensor *x = bind_tensor(L, 1);
+  orepa_pool pool = pool_options(L, 2, "max_pool2d", known);
+  BIND_RETURN(L, orepa_max_pool2d(x, &pool));
+}
+
+static int l_avg_pool2d(lua_State *L) {
+  static const char *const known[] = {"kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", NULL};
+  orepa_tensor *x = bind_tensor(L, 1);
+  orepa_pool pool = pool_options(L, 2, "avg_pool2d", known);
+  BIND_RETURN(L, orepa_avg_pool2d(x, &pool));
+}
+
+static int adaptive(lua_State *L, const char *function, orepa_tensor *(*pool)(orepa_tensor *, int64_t, int64_t)) {
+  static const char *const known[] = {"output_size", NULL};
+  int64_t size[2];
+  orepa_tensor *x = bind_tensor(L, 1);
+  bind_option_pair(L, bind_options(L, 2, function, known), "output_size", one, size);
+  BIND_RETURN(L, pool(x, size[0], size[1]));
+}
+
+static int l_adaptive_avg_pool2d(lua_State *L) {
+  return adaptive(L, "adaptive_avg_pool2d", orepa_adaptive_avg_pool2d);
+}
+
+static int l_adaptive_max_pool2d(lua_State *L) {
+  return adaptive(L, "adaptive_max_pool2d", orepa_adaptive_max_pool2d);
+}
+
+static int l_softmax(lua_State *L) {
+  orepa_tensor *x = bind_tensor(L, 1);
+  int axis = bind_axis(L, 2, orepa_rank(x), "softmax");
+  BIND_RETURN(L, orepa_softmax(x, axis));
+}
+
+static int l_log_softmax(lua_State *L) {
+  orepa_tensor *x = bind_tensor(L, 1);
+  int axis = bind_axis(L, 2, orepa_rank(x), "log_softmax");
+  BIND_RETURN(L, orepa_log_softmax(x, axis));
+}
+
+static int l_relu(lua_State *L) {
+  orepa_tensor *x = bind_tensor(L, 1);
+  BIND_RETURN(L, orepa_relu(x));
+}
+
+static int l_cross_entropy(lua_State *L) {
+  static const char *const known[] = {"label_smoothing", "ignore_index", "reduction", NULL};
+  orepa_tensor *logits = bind_tensor(L, 1), *labels = bind_tensor(L, 2);
+  int options = bind_options(L, 3, "cross_entropy", known);
+  orepa_cross_entropy_options o = {bind_option_number(L, options, "label_smoothing", 0),
+                                   bind_option_integer(L, options, "ignore_index", -100), true};
+  const char *reduction = bind_option(L, options, "reduction") ? lua_tostring(L, -1) : "mean";
+  if (!reduction || (reduction[0] != 'm' && reduction[0] != 'n'))
+    return bind_error(L, "cross_entropy: option 'reduction' is \"mean\" or \"none\"");
+  o.mean = reduction[0] == 'm';
+  BIND_RETURN(L, orepa_cross_entropy(logits, labels, &o));
+}
+
+static const bind_row rows[] = {
+    {"conv2d", l_conv2d,
+     "F.conv2d(x, weight, bias, {stride=, padding=, dilation=, groups=}) -> tensor\n"
+     "Cross-correlation of x (N, I, H, W) with weight (O, I/groups, KH, KW); bias (O) may be left out. Sizes are a number or "
+     "{height, width}; stride 1, padding 0, dilation 1, groups 1.\n"
+     "> F.conv2d(orepa.ones(1, 3, 8, 8), orepa.ones(4, 3, 3, 3), {padding = 1})"},
+    {"linear", l_linear,
+     "F.linear(x, weight, bias) -> tensor\nx (..., I) times weight (O, I) transposed, plus bias (O), which may be left "
+     "out.\n> F.linear(orepa.ones(2, 3), orepa.ones(4, 3))"},
+    {"batch_norm", l_batch_norm,
+     "F.batch_norm(x, {weight=, bias=, running_mean=, running_var=, training=, momentum=, eps=}) -> tensor\n"
+     "Normalises each channel of x (N, C, ...): by the batch's statistics while training, which updates the running ones; else "
+     "by the running ones.\n> F.batch_norm(orepa.randn(4, 3, 2, 2), {training = true})"},
+    {"max_pool2d", l_max_pool2d,
+     "F.max_pool2d(x, {kernel_size=, stride=, padding=, dilation=, ceil_mode=}) -> tensor\nThe largest element of each "
+     "window; the stride is the kernel's size if not given.\n> F.max_pool2d(orepa.ones(1, 1, 4, 4), {kernel_size = 2})"},
+    {"avg_pool2d", l_avg_pool2d,
+     "F.avg_pool2d(x, {kernel_size=, stride=, padding=, ceil_mode=, count_include_pad=}) -> tensor\nThe mean of each "
+     "window.\n> F.avg_pool2d(orepa.ones(1, 1, 4, 4), {kernel_size = 2})"},
+    {"adaptive_avg_pool2d", l_adaptive_avg_pool2d,
+     "F.adaptive_avg_pool2d(x, {output_size=}) -> tensor\nThe means of windows chosen so that the result has the size "
+     "asked for; 1 if none is.\n> F.adaptive_avg_pool2d(orepa.ones(1, 1, 7, 5))"},
+    {"adaptive_max_pool2d", l_adaptive_max_pool2d,
+     "F.adaptive_max_pool2d(x, {output_size=}) -> tensor\nThe same with the largest elements.\n"
+     "> F.adaptive_max_pool2d(orepa.ones(1, 1, 7, 5), {output_size = {2, 3}})"},
+    {"softmax", l_softmax, "F.softmax(x, dim) -> tensor\nExponentials that sum to 1 along a dimension.\n"
+                           "> F.softmax(orepa.ones(2, 4), 2)"},
+    {"log_softmax", l_log_softmax, "F.log_softmax(x, dim) -> tensor\nThe logarithm of softmax, accurate.\n"
+                                   "> F.log_softmax(orepa.ones(2, 4), -1)"},
+    {"relu", l_relu, "F.relu(x) -> tensor\nNegative elements become 0; NaN stays.\n> F.relu(orepa.tensor({-1, 2}))"},
+    {"cross_entropy", l_cross_entropy,
+     "F.cross_entropy(logits, labels, {label_smoothing=, ignore_index=, reduction=}) -> tensor\n"
+     "The mean (or, with reduction = \"none\", each row's) negative log-likelihood. logits (N, C) with int64 labels (N) that "
+     "count from 0, or (N, C, H, W) with (N, H, W). Rows labelled ignore_index (-100) don't count.\n"
+     "> F.cross_entropy(orepa.randn(2, 5), orepa.tensor({0, 4}, {dtype = \"int64\"}))"},
+    {NULL, NULL, NULL},
+};
+
+void bind_functional_family(lua_State *L) {
+  lua_newtable(L);
+  bind_register(L, "F.", rows);
+  lua_setfield(L, -2, "F");
+}

@@ -1,0 +1,25 @@
+/* module.c: luaopen_orepa_core, the module that orepa/init.lua builds on. */
+#include "bind.h"
+
+__attribute__((visibility("default"))) int luaopen_orepa_core(lua_State *L);
+
+int luaopen_orepa_core(lua_State *L) {
+  lua_newtable(L);
+  bind_tensor_family(L);
+  bind_view_family(L);
+  bind_elementwise_family(L);
+  bind_functional_family(L);
+  bind_autograd_family(L);
+  bind_system_family(L);
+  bind_optimizer_family(L);
+  bind_file_family(L);
+  bind_data_family(L);
+  bind_reparam_family(L);
+  bind_push_methods(L);
+  lua_setfield(L, -2, "methods");
+  luaL_getsubtable(L, LUA_REGISTRYINDEX, "orepa.documentation");
+  lua_setfield(L, -2, "documentation");
+  lua_pushliteral(L, OREPA_VERSION);
+  lua_setfield(L, -2, "version");
+  return 1;
+}

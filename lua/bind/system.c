@@ -1,0 +1,139 @@
+/* system.c: seeds, memory, threads, the clock. */
+#include <unistd.h>
+
+#include "bind.h"
+
+static int l_manual_seed(lua_State *L) {
+  lua_Integer seed = bind_integer(L, 1, "manual_seed");
+  orepa_manual_seed((uint64_t)seed);
+  lua_getglobal(L, "math");
+  lua_getfield(L, -1, "randomseed");
+  lua_pushinteger(L, seed);
+  lua_call(L, 1, 0);
+  return 0;
+}
+
+static int l_rng_state(lua_State *L) {
+  orepa_rng state = orepa_rng_state();
+  lua_createtable(L, 0, 2);
+  lua_pushinteger(L, (lua_Integer)state.seed);
+  lua_setfield(L, -2, "seed");
+  lua_pushinteger(L, (lua_Integer)state.draws);
+  lua_setfield(L, -2, "draws");
+  return 1;
+}
+
+static int l_set_rng_state(lua_State *L) {
+  static const char *const known[] = {"seed", "draws", NULL};
+  int options = bind_options(L, 1, "set_rng_state", known);
+  if (!options)
+    return bind_error(L, "set_rng_state: a table {seed=, draws=} expected");
+  orepa_rng state = {(uint64_t)bind_option_integer(L, options, "seed", 0),
+                     (uint64_t)bind_option_integer(L, options, "draws", 0)};
+  orepa_set_rng_state(state);
+  return 0;
+}
+
+static const orepa_device *device_argument(lua_State *L, int index) {
+  return bind_device(L, luaL_optstring(L, index, "cpu"));
+}
+
+static int l_memory(lua_State *L) {
+  orepa_memory_info info = orepa_memory(device_argument(L, 1));
+  const struct {
+    const char *name;
+    size_t value;
+  } fields[] = {{"live", info.live}, {"cached", info.cached}, {"peak", info.peak}, {"limit", info.limit},
+                {"system", info.system}};
+  lua_newtable(L);
+  for (size_t k = 0; k < sizeof fields / sizeof *fields; k++) {
+    lua_pushinteger(L, (lua_Integer)fields[k].value);
+    lua_setfield(L, -2, fields[k].name);
+  }
+  lua_getfield(L, LUA_REGISTRYINDEX, "orepa.collections");
+  lua_pushinteger(L, lua_tointeger(L, -1));
+  lua_setfield(L, -3, "collections");
+  lua_pop(L, 1);
+  return 1;
+}
+
+static int l_reset_peak(lua_State *L) {
+  orepa_reset_peak(device_argument(L, 1));
+  return 0;
+}
+
+static int l_set_memory_limit(lua_State *L) {
+  int64_t bytes = lua_isnoneornil(L, 1) ? 0 : bind_integer(L, 1, "set_memory_limit");
+  if (bytes < 0)
+    return bind_error(L, "set_memory_limit: %I bytes", (lua_Integer)bytes);
+  orepa_set_memory_limit(device_argument(L, 2), (size_t)bytes);
+  return 0;
+}
+
+static int l_empty_cache(lua_State *L) {
+  orepa_empty_cache(device_argument(L, 1));
+  return 0;
+}
+
+static int l_set_threads(lua_State *L) {
+  if (orepa_set_threads((int)bind_integer(L, 1, "set_threads")))
+    return bind_fail(L);
+  return 0;
+}
+
+static int l_threads(lua_State *L) {
+  lua_pushinteger(L, orepa_threads());
+  return 1;
+}
+
+static int l_clock(lua_State *L) {
+  lua_pushnumber(L, orepa_clock());
+  return 1;
+}
+
+static int l_build_info(lua_State *L) {
+  lua_pushstring(L, orepa_build_info());
+  return 1;
+}
+
+static int l_is_terminal(lua_State *L) {
+  lua_pushboolean(L, isatty(STDOUT_FILENO));
+  return 1;
+}
+
+/* fail(message): an error at the user's line, for the library's own Lua code. */
+static int l_fail(lua_State *L) {
+  return bind_error(L, "%s", luaL_checkstring(L, 1));
+}
+
+static const bind_row rows[] = {
+    {"manual_seed", l_manual_seed,
+     "manual_seed(seed)\nStarts the random numbers of tensors and of math.random anew.\n> orepa.manual_seed(1)"},
+    {"rng_state", l_rng_state,
+     "rng_state() -> {seed=, draws=}\nThe state of the tensors' random numbers.\n> orepa.rng_state()"},
+    {"set_rng_state", l_set_rng_state,
+     "set_rng_state(state)\nGoes back to a state that rng_state gave.\n> orepa.set_rng_state(orepa.rng_state())"},
+    {"memory", l_memory,
+     "memory(device) -> {live=, cached=, peak=, limit=, system=, collections=}\nBytes in use, kept for reuse, the most "
+     "ever in use, and the most allowed; how often the system was asked, and how often Lua's collector was run.\n"
+     "> orepa.memory().live"},
+    {"reset_peak", l_reset_peak, "reset_peak(device)\nLets memory().peak start again from what is live.\n> orepa.reset_peak()"},
+    {"set_memory_limit", l_set_memory_limit,
+     "set_memory_limit(bytes, device)\nThe most that may be held; nil goes back to what the system allows.\n"
+     "> orepa.set_memory_limit(nil)"},
+    {"empty_cache", l_empty_cache, "empty_cache(device)\nGives memory kept for reuse back to the system.\n"
+                                   "> orepa.empty_cache()"},
+    {"set_threads", l_set_threads, "set_threads(count)\nHow many threads kernels use.\n> orepa.set_threads(orepa.threads())"},
+    {"threads", l_threads, "threads() -> integer\nHow many threads kernels use.\n> orepa.threads()"},
+    {"clock", l_clock, "clock() -> seconds\nA monotonic clock.\n> orepa.clock()"},
+    {"build_info", l_build_info, "build_info() -> string\nLibraries with their versions, and the processor's features.\n"
+                                 "> orepa.build_info()"},
+    {"is_terminal", l_is_terminal, "is_terminal() -> boolean\nWhether standard output is a terminal.\n> orepa.is_terminal()"},
+    {"fail", l_fail, "fail(message)\nRaises an error at the line of the user's code that led here.\n"
+                     "> pcall(orepa.fail, \"no\")"},
+    {NULL, NULL, NULL},
+};
+
+void bind_system_family(lua_State *L) {
+  bind_register(L, "orepa.", rows);
+}

@@ -1,0 +1,13 @@
+-- orepa: tensors, layers, blocks that squeeze, training. The engine is C (orepa.core); this puts the library around it.
+
+local orepa = require "orepa.core"
+
+orepa.nn = require "orepa.nn"
+orepa.optim = require "orepa.optim"
+orepa.reparam = require "orepa.reparam"
+for name, value in pairs(require "orepa.data") do
+  orepa.data[name] = value
+end
+orepa.train = require "orepa.train"
+
+return orepa

@@ -1,0 +1,10 @@
+-- nn: modules, containers, layers, blocks.
+
+local module = require "orepa.nn.module"
+
+local nn = { Module = module.Module, Parameter = module.internal.Parameter }
+for _, room in ipairs { "container", "layers", "block", "named_blocks" } do
+  for name, value in pairs(require("orepa.nn." .. room)) do nn[name] = value end
+end
+
+return nn

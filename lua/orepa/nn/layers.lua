@@ -1,0 +1,187 @@
+-- Layers: each is its parameters, their initial values, and one call of orepa.F.
+
+local core = require "orepa.core"
+local document = require "orepa.document"
+local options = require "orepa.options"
+local module = require "orepa.nn.module"
+local F, Module, Parameter = core.F, module.Module, module.internal.Parameter
+local required = options.required
+
+local layers = {}
+
+local function layer(name)
+  local class = Module:extend(name)
+  class.library = true
+  layers[name] = class
+  return class
+end
+
+local function pair(value)
+  return type(value) == "table" and ("%dx%d"):format(value[1], value[2]) or ("%dx%d"):format(value, value)
+end
+
+-- Uniform within +-bound.
+local function uniform(shape, bound)
+  return core.rand(shape):multiply_add(2 * bound, -bound)
+end
+
+-- ---- Conv2d ----
+
+local Conv2d = layer "Conv2d"
+
+function Conv2d:init(o)
+  o = options("Conv2d", o, { in_channels = required, out_channels = required, kernel_size = required, stride = 1,
+    padding = 0, dilation = 1, groups = 1, bias = true })
+  local kh, kw = o.kernel_size, o.kernel_size
+  if type(kh) == "table" then kh, kw = kh[1], kh[2] end
+  if o.in_channels % o.groups ~= 0 or o.out_channels % o.groups ~= 0 then
+    core.fail(("Conv2d: %d groups don't divide %d -> %d channels"):format(o.groups, o.in_channels, o.out_channels))
+  end
+  local fan = o.in_channels // o.groups * kh * kw
+  self.weight = Parameter(uniform({ o.out_channels, o.in_channels // o.groups, kh, kw }, 1 / math.sqrt(fan)))
+  if o.bias then self.bias = Parameter(uniform({ o.out_channels }, 1 / math.sqrt(fan))) end
+  self.options = o
+  self.geometry = { stride = o.stride, padding = o.padding, dilation = o.dilation, groups = o.groups }
+end
+
+function Conv2d:forward(x)
+  return F.conv2d(x, self.weight, self.bias, self.geometry)
+end
+
+function Conv2d:extra()
+  local o = self.options
+  return ("%d -> %d, %s, stride %s, padding %s%s"):format(o.in_channels, o.out_channels, pair(o.kernel_size), pair(o.stride),
+    pair(o.padding), o.groups > 1 and (", groups %d"):format(o.groups) or "")
+end
+
+-- ---- Linear ----
+
+local Linear = layer "Linear"
+
+function Linear:init(o)
+  o = options("Linear", o, { in_features = required, out_features = required, bias = true })
+  local bound = 1 / math.sqrt(o.in_features)
+  self.weight = Parameter(uniform({ o.out_features, o.in_features }, bound))
+  if o.bias then self.bias = Parameter(uniform({ o.out_features }, bound)) end
+  self.options = o
+end
+
+function Linear:forward(x)
+  return F.linear(x, self.weight, self.bias)
+end
+
+function Linear:extra()
+  return ("%d -> %d"):format(self.options.in_features, self.options.out_features)
+end
+
+-- ---- BatchNorm2d ----
+
+local BatchNorm2d = layer "BatchNorm2d"
+
+function BatchNorm2d:init(o)
+  if type(o) == "number" then o = { num_features = o } end
+  o = options("BatchNorm2d", o, { num_features = required, eps = 1e-5, momentum = 0.1, affine = true,
+    track_running_stats = true })
+  local c = o.num_features
+  if o.affine then
+    self.weight = Parameter(core.ones(c))
+    self.bias = Parameter(core.zeros(c))
+  end
+  if o.track_running_stats then
+    self:register_buffer("running_mean", core.zeros(c))
+    self:register_buffer("running_var", core.ones(c))
+    self:register_buffer("num_batches_tracked", core.zeros({}, { dtype = "int64" }))
+  end
+  self.options = o
+end
+
+function BatchNorm2d:forward(x)
+  local o = self.options
+  local training = self.training or not o.track_running_stats
+  if training and o.track_running_stats then self.num_batches_tracked:add_(1) end
+  return F.batch_norm(x, { weight = self.weight, bias = self.bias, running_mean = self.running_mean,
+    running_var = self.running_var, training = training, momentum = o.momentum, eps = o.eps })
+end
+
+-- scale, shift in float64 with which evaluation multiplies and adds.
+function BatchNorm2d:fold()
+  if not self.running_var then
+    core.fail("BatchNorm2d: a norm without running statistics can't be folded into a convolution")
+  end
+  local scale = (self.running_var:to("float64") + self.options.eps) ^ -0.5
+  if self.weight then scale = scale * self.weight:to("float64") end
+  local shift = -self.running_mean:to("float64") * scale
+  if self.bias then shift = shift + self.bias:to("float64") end
+  return scale, shift
+end
+
+function BatchNorm2d:extra()
+  return tostring(self.options.num_features)
+end
+
+-- ---- without parameters ----
+
+local ReLU = layer "ReLU"
+
+function ReLU:forward(x)
+  return F.relu(x)
+end
+
+-- A class that passes its options to a function of F. A lone number is option `natural`.
+local function pooling(name, f, known, natural)
+  local class = layer(name)
+  function class:init(o)
+    if type(o) == "number" then o = { [natural] = o } end
+    self.options = options(name, o, known)
+  end
+  function class:forward(x)
+    return f(x, self.options)
+  end
+  function class:extra()
+    local o = self.options
+    if natural == "output_size" then return "to " .. pair(o.output_size) end
+    return ("%s, stride %s, padding %s"):format(pair(o.kernel_size), pair(o.stride or o.kernel_size), pair(o.padding))
+  end
+end
+
+pooling("MaxPool2d", F.max_pool2d, { kernel_size = required, stride = options.optional, padding = 0, dilation = 1,
+  ceil_mode = false }, "kernel_size")
+pooling("AvgPool2d", F.avg_pool2d, { kernel_size = required, stride = options.optional, padding = 0, ceil_mode = false,
+  count_include_pad = true }, "kernel_size")
+pooling("AdaptiveAvgPool2d", F.adaptive_avg_pool2d, { output_size = required }, "output_size")
+pooling("AdaptiveMaxPool2d", F.adaptive_max_pool2d, { output_size = required }, "output_size")
+
+document("nn.Conv2d", [[
+  nn.Conv2d{in_channels=, out_channels=, kernel_size=, stride=, padding=, dilation=, groups=, bias=} -> module
+  A convolution of (N, I, H, W). Weight and bias start uniform within 1/sqrt(I/groups * KH * KW).
+  > nn.Conv2d{in_channels = 3, out_channels = 8, kernel_size = 3, padding = 1}(orepa.ones(1, 3, 8, 8))]])
+document("nn.Linear", [[
+  nn.Linear{in_features=, out_features=, bias=} -> module
+  x times the transposed weight, plus a bias.
+  > nn.Linear{in_features = 4, out_features = 2}(orepa.ones(3, 4))]])
+document("nn.BatchNorm2d", [[
+  nn.BatchNorm2d{num_features=, eps=, momentum=, affine=, track_running_stats=} -> module
+  Normalises each channel; nn.BatchNorm2d(8) names the channels alone.
+  > nn.BatchNorm2d(8)(orepa.randn(2, 8, 4, 4))]])
+document("nn.ReLU", [[
+  nn.ReLU() -> module
+  F.relu as a layer.
+  > nn.ReLU()(orepa.tensor({-1, 1}))]])
+document("nn.MaxPool2d", [[
+  nn.MaxPool2d{kernel_size=, stride=, padding=, dilation=, ceil_mode=} -> module
+  F.max_pool2d as a layer; nn.MaxPool2d(2) names the window alone.
+  > nn.MaxPool2d(2)(orepa.ones(1, 1, 4, 4))]])
+document("nn.AvgPool2d", [[
+  nn.AvgPool2d{kernel_size=, stride=, padding=, ceil_mode=, count_include_pad=} -> module
+  F.avg_pool2d as a layer.
+  > nn.AvgPool2d(2)(orepa.ones(1, 1, 4, 4))]])
+document("nn.AdaptiveAvgPool2d", [[
+  nn.AdaptiveAvgPool2d{output_size=} -> module
+  F.adaptive_avg_pool2d as a layer.
+  > nn.AdaptiveAvgPool2d(1)(orepa.ones(1, 1, 4, 4))]])
+document("nn.AdaptiveMaxPool2d", [[
+  nn.AdaptiveMaxPool2d{output_size=} -> module
+  F.adaptive_max_pool2d as a layer.
+  > nn.AdaptiveMaxPool2d(2)(orepa.ones(1, 1, 4, 4))]])
+
+return layers

@@ -1,0 +1,409 @@
+-- Module: what layers, blocks and networks are. A field of a module may be a parameter, a buffer or another module; only the
+-- order of names is recorded when a field is assigned, what a name is, is decided when modules are walked.
+
+local core = require "orepa.core"
+local document = require "orepa.document"
+
+local ORDER, BUFFERS, HOOKS = {}, {}, {} -- keys of an instance's private fields
+local parameters = setmetatable({}, { __mode = "k" }) -- tensors that nn.Parameter made
+local hooks = 0 -- registered anywhere
+
+local Module = { class_name = "Module" }
+local Instance = {} -- the metatable of each class' instances, filled by `extend`
+
+-- ---- classes ----
+
+local function record(self, name, value)
+  if value == nil then return end
+  local order = self[ORDER]
+  if type(name) == "string" and not order[name] then
+    order[#order + 1] = name
+    order[name] = true
+  end
+  rawset(self, name, value)
+end
+
+local function call(self, ...)
+  local list = rawget(self, HOOKS)
+  if not list or #list == 0 then return self:forward(...) end
+  local outputs = table.pack(self:forward(...))
+  for _, hook in ipairs(list) do
+    hook(self, table.pack(...), table.unpack(outputs, 1, outputs.n))
+  end
+  return table.unpack(outputs, 1, outputs.n)
+end
+
+local function construct(class, ...)
+  local self = setmetatable({ [ORDER] = {}, [BUFFERS] = {}, training = true }, class[Instance])
+  self:init(...)
+  return self
+end
+
+function Module:extend(name)
+  local class = setmetatable({ class_name = name }, { __index = self, __call = construct })
+  class[Instance] = {
+    __index = class, __newindex = record, __call = call, __name = name,
+    __tostring = function(module) return module:describe() end,
+  }
+  return class
+end
+
+function Module:init() end
+
+function Module:forward()
+  core.fail(("%s has no forward"):format(self.class_name))
+end
+
+local function is_module(value)
+  return type(value) == "table" and rawget(value, ORDER) ~= nil
+end
+
+-- ---- walking ----
+
+local function check_plain(self, name, value)
+  for _, entry in pairs(value) do
+    if is_module(entry) then
+      core.fail(("%s: field '%s' is a plain table that holds modules; make it an nn.ModuleList or nn.ModuleDict"):format(
+        self.class_name, name))
+    end
+  end
+end
+
+-- Calls visit(name, value, kind) for the fields of one module, in order; kind is "module", "parameter" or "buffer".
+local function each_field(self, visit)
+  for _, name in ipairs(self[ORDER]) do
+    local value = rawget(self, name)
+    if is_module(value) then
+      visit(name, value, "module")
+    elseif type(value) == "table" then
+      check_plain(self, name, value)
+    elseif core.is_tensor(value) then
+      if self[BUFFERS][name] then
+        visit(name, value, "buffer")
+      elseif parameters[value] then
+        visit(name, value, "parameter")
+      end
+    end
+  end
+end
+
+-- A module's children may stand elsewhere than in its fields (ModuleList).
+function Module:each(visit)
+  each_field(self, visit)
+end
+
+local function walk(module, prefix, seen, visit)
+  if seen[module] then return end
+  seen[module] = true
+  visit(prefix, module)
+  module:each(function(name, value, kind)
+    if kind == "module" then walk(value, prefix == "" and name or prefix .. "." .. name, seen, visit) end
+  end)
+end
+
+local function iterator(list)
+  local k = 0
+  return function()
+    k = k + 1
+    if list[k] then return list[k][1], list[k][2] end
+  end
+end
+
+local function join(prefix, name)
+  return prefix == "" and name or prefix .. "." .. name
+end
+
+-- {path, value, owner, name} of all fields of a kind; a tensor that is shared counts once.
+local function collect(self, wanted)
+  local list, seen = {}, {}
+  walk(self, "", {}, function(prefix, module)
+    module:each(function(name, value, kind)
+      if kind == wanted and not seen[value] then
+        seen[value] = true
+        list[#list + 1] = { join(prefix, name), value, module, name }
+      end
+    end)
+  end)
+  return list
+end
+
+function Module:named_modules()
+  local list = {}
+  walk(self, "", {}, function(prefix, module) list[#list + 1] = { prefix, module } end)
+  return iterator(list)
+end
+
+function Module:named_parameters()
+  return iterator(collect(self, "parameter"))
+end
+
+-- Constants are left out: they follow from the module's definition.
+function Module:named_buffers()
+  local list = {}
+  for _, entry in ipairs(collect(self, "buffer")) do
+    if entry[3][BUFFERS][entry[4]] ~= "constant" then list[#list + 1] = entry end
+  end
+  return iterator(list)
+end
+
+function Module:parameters()
+  local list = {}
+  for k, entry in ipairs(collect(self, "parameter")) do list[k] = entry[2] end
+  return list
+end
+
+-- ---- fields ----
+
+local function Parameter(t)
+  if not core.is_tensor(t) then core.fail(("Parameter: a tensor expected, got %s"):format(type(t))) end
+  t:requires_grad_()
+  parameters[t] = true
+  return t
+end
+
+-- A constant is a buffer that follows from the module's definition: it is saved only if a file replaced it.
+function Module:register_buffer(name, t, options)
+  self[BUFFERS][name] = options and options.constant and "constant" or true
+  self[name] = t
+end
+
+function Module:get(path)
+  for name, module in self:named_modules() do
+    if name == path then return module end
+  end
+  for _, kind in ipairs { "parameter", "buffer" } do
+    for _, entry in ipairs(collect(self, kind)) do
+      if entry[1] == path then return entry[2] end
+    end
+  end
+  core.fail(("%s has nothing at '%s'"):format(self.class_name, path))
+end
+
+-- The module that holds the field at `path`, and the field's name there (which may have dots in it).
+local function owner_of(self, path)
+  local owner, field
+  walk(self, "", {}, function(prefix, module)
+    module:each(function(name, _, kind)
+      if kind == "module" and join(prefix, name) == path then owner, field = module, name end
+    end)
+  end)
+  return owner, field
+end
+
+function Module:replace(path, module)
+  local owner, field = owner_of(self, path)
+  if not owner then core.fail(("%s has no module at '%s'"):format(self.class_name, path)) end
+  if not is_module(module) then core.fail(("replace: a module expected, got %s"):format(type(module))) end
+  owner:set_child(field, module)
+  return self
+end
+
+function Module:set_child(name, module)
+  self[name] = module
+end
+
+-- Removes a field of this module, parameter or module.
+function Module:remove(name)
+  local order = self[ORDER]
+  for k, other in ipairs(order) do
+    if other == name then table.remove(order, k) break end
+  end
+  order[name] = nil
+  self[BUFFERS][name] = nil
+  rawset(self, name, nil)
+end
+
+-- ---- modes, devices ----
+
+function Module:train(on)
+  for _, module in self:named_modules() do
+    rawset(module, "training", on ~= false)
+    module:changed()
+  end
+  return self
+end
+
+function Module:eval()
+  return self:train(false)
+end
+
+-- Called when a module's mode, place or weights were changed from outside.
+function Module:changed() end
+
+function Module:to(kind)
+  local place = pcall(function() return core.zeros({ 0 }, { device = kind }) end)
+  for _, module in self:named_modules() do
+    module:each(function(_, value, what)
+      if what ~= "module" and (place or value.dtype:find "float") then value:move_(kind) end
+    end)
+    module:changed()
+  end
+  return self
+end
+
+function Module:zero_grad()
+  for _, p in self:named_parameters() do p.grad = nil end
+end
+
+function Module:deploy()
+  local blocks = {}
+  for _, module in self:named_modules() do
+    if module ~= self and rawget(getmetatable(module).__index, "deploy") then blocks[#blocks + 1] = module end
+  end
+  for _, block in ipairs(blocks) do block:deploy() end
+  return self:eval()
+end
+
+function Module:register_forward_hook(f)
+  if not rawget(self, HOOKS) then rawset(self, HOOKS, {}) end
+  local list = self[HOOKS]
+  list[#list + 1] = f
+  hooks = hooks + 1
+  return { remove = function()
+    for k, other in ipairs(list) do
+      if other == f then table.remove(list, k) hooks = hooks - 1 return end
+    end
+  end }
+end
+
+-- ---- state ----
+
+-- Entries {name, tensor, kind} of all that a state dict may hold; kind is "parameter", "buffer" or "constant".
+local function state_entries(self)
+  local list = {}
+  walk(self, "", {}, function(prefix, module)
+    module:each(function(name, value, kind)
+      if kind ~= "module" then
+        local constant = kind == "buffer" and module[BUFFERS][name] == "constant"
+        list[#list + 1] = { join(prefix, name), value, constant and "constant" or kind, module, name }
+      end
+    end)
+  end)
+  return list
+end
+
+function Module:state_dict(options)
+  local tensors, names = {}, {}
+  for _, entry in ipairs(state_entries(self)) do
+    local name, t, kind = entry[1], entry[2], entry[3]
+    if kind ~= "constant" or (options and options.constants and not name:find "~") then
+      tensors[name] = t
+      names[#names + 1] = name
+    end
+  end
+  return tensors, names
+end
+
+local CONSTANT_TOLERANCE = 1e-5
+
+-- A constant in a file that differs from its definition replaces it, and is saved from then on.
+local function load_constant(entry, t)
+  local difference = (t:to("float32") - entry[2]:to("float32")):abs():max():item()
+  if difference <= CONSTANT_TOLERANCE then return end
+  io.stderr:write(("orepa: warning: the constant '%s' in this file differs from its definition by %.3g and replaces it\n"):format(
+    entry[1], difference))
+  entry[2]:copy_(t)
+  entry[4][BUFFERS][entry[5]] = true
+end
+
+local function shape_text(t)
+  return #t.shape == 0 and "scalar" or table.concat(t.shape, "x")
+end
+
+local function compare(entries, tensors)
+  local missing, unexpected, wrong, known = {}, {}, {}, {}
+  for _, entry in ipairs(entries) do
+    local name, own, t = entry[1], entry[2], tensors[entry[1]]
+    known[name] = true
+    if t == nil then
+      if entry[3] ~= "constant" then missing[#missing + 1] = name end
+    elseif shape_text(own) ~= shape_text(t) then
+      wrong[#wrong + 1] = ("%s is %s, the file has %s"):format(name, shape_text(own), shape_text(t))
+    end
+  end
+  for name in pairs(tensors) do
+    if not known[name] then unexpected[#unexpected + 1] = name end
+  end
+  table.sort(unexpected)
+  return missing, unexpected, wrong
+end
+
+local function add_list(text, title, list)
+  if #list > 0 then text[#text + 1] = ("  %s: %s"):format(title, table.concat(list, ", ")) end
+end
+
+function Module:load_state_dict(tensors, options)
+  local strict = not options or options.strict ~= false
+  local entries = state_entries(self)
+  local missing, unexpected, wrong = compare(entries, tensors)
+  if #wrong > 0 or (strict and #missing + #unexpected > 0) then
+    local text = { ("load_state_dict: the weights don't fit %s"):format(self.class_name) }
+    add_list(text, "missing", missing)
+    add_list(text, "unexpected", unexpected)
+    add_list(text, "of another shape", wrong)
+    core.fail(table.concat(text, "\n"))
+  end
+  core.no_grad(function()
+    for _, entry in ipairs(entries) do
+      local t = tensors[entry[1]]
+      if t and entry[3] == "constant" then
+        load_constant(entry, t)
+      elseif t then
+        entry[2]:copy_(t)
+      end
+    end
+  end)
+  for _, module in self:named_modules() do module:changed() end
+  return missing, unexpected
+end
+
+-- ---- as text ----
+
+local function grouped(n)
+  local text = tostring(n):reverse():gsub("(%d%d%d)", "%1,"):reverse()
+  return (text:gsub("^,", ""))
+end
+
+-- What a module says of itself beside its name: "3 -> 64, 7x7".
+function Module:extra() return "" end
+
+function Module:describe(indent)
+  indent = indent or ""
+  local count = 0
+  for _, p in self:named_parameters() do count = count + p:count() end
+  local head, extra = self.class_name, self:extra()
+  if extra ~= "" then head = head .. " " .. extra end
+  if count > 0 then head = ("%s  (%s parameters)"):format(head, grouped(count)) end
+  local lines = { head }
+  self:each(function(name, child, kind)
+    if kind == "module" then
+      lines[#lines + 1] = ("%s  %s: %s"):format(indent, name, child:describe(indent .. "  "))
+    end
+  end)
+  return table.concat(lines, "\n")
+end
+
+-- ---- what containers and blocks ask ----
+
+local internal = {
+  is_module = is_module,
+  Parameter = Parameter,
+  -- Whether a handle that one of the library's layers made and another takes may be released: no hook saw it, and neither
+  -- is a class of the user's.
+  is_library = function(module) return rawget(getmetatable(module).__index, "library") == true end,
+  no_hooks = function() return hooks == 0 end,
+  -- Parameters that deploying took away, so that an optimizer that still holds them can say so.
+  deployed_away = setmetatable({}, { __mode = "k" }),
+}
+
+document("nn.Parameter", [[
+  nn.Parameter(t) -> t
+  Makes a tensor a parameter: a field of a module that holds it is trained, saved and moved.
+  > nn.Parameter(orepa.zeros(3))]])
+document("nn.Module", [[
+  nn.Module:extend(name) -> class
+  A class of modules. `init` gets the constructor's arguments and assigns fields; `forward` computes.
+  > local Twice = nn.Module:extend("Twice"); function Twice:forward(x) return x * 2 end; return Twice()(orepa.ones(2))]])
+
+Module[Instance] = {}
+return { Module = Module, internal = internal }

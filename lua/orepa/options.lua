@@ -1,0 +1,37 @@
+-- options(where, given, known): checks named options. `known` maps each name to its default, or to options.required or options.optional; an unknown
+-- or missing one is an error that names it. Gives a new table with defaults filled in.
+
+local core = require "orepa.core"
+
+local options = { required = {}, optional = {} }
+
+local function names(known)
+  local list = {}
+  for name in pairs(known) do list[#list + 1] = name end
+  table.sort(list)
+  return table.concat(list, " ")
+end
+
+return setmetatable(options, { __call = function(_, where, given, known)
+  if given == nil then given = {} end
+  if type(given) ~= "table" then
+    core.fail(("%s: a table of options expected, got %s"):format(where, type(given)))
+  end
+  local result = {}
+  for name, value in pairs(given) do
+    if known[name] == nil then
+      core.fail(("%s: unknown option '%s' (there are %s)"):format(where, tostring(name), names(known)))
+    end
+    result[name] = value
+  end
+  for name, default in pairs(known) do
+    if result[name] == nil then
+      if default == options.required then
+        core.fail(("%s: option '%s' is missing"):format(where, name))
+      elseif default ~= options.optional then
+        result[name] = default
+      end
+    end
+  end
+  return result
+end })

@@ -1,0 +1,172 @@
+-- train: the loop that all scripts use. It shows what happens, evaluates exactly, and stops at the first loss or gradient that
+-- is not finite, saying where.
+
+local core = require "orepa.core"
+local document = require "orepa.document"
+local options = require "orepa.options"
+local F = core.F
+
+local train = {}
+
+-- ---- what is seen on the way ----
+
+local BAR = 24
+
+local function duration(seconds)
+  seconds = math.floor(seconds + 0.5)
+  if seconds < 60 then return ("%ds"):format(seconds) end
+  if seconds < 3600 then return ("%dm%02ds"):format(seconds // 60, seconds % 60) end
+  return ("%dh%02dm"):format(seconds // 3600, seconds % 3600 // 60)
+end
+
+-- Sums over an epoch: mean loss, accuracy, images a second.
+local Meter = {}
+Meter.__index = Meter
+
+local function meter()
+  return setmetatable({ loss = 0, correct = 0, images = 0, start = core.clock() }, Meter)
+end
+
+function Meter:add(loss_sum, correct, images)
+  self.loss, self.correct, self.images = self.loss + loss_sum, self.correct + correct, self.images + images
+end
+
+function Meter:result()
+  local n, seconds = math.max(1, self.images), core.clock() - self.start
+  return { loss = self.loss / n, accuracy = self.correct / n, images = self.images, seconds = seconds,
+    images_per_second = self.images / math.max(seconds, 1e-9) }
+end
+
+local function show_progress(log, title, sums, step, steps)
+  local r, filled = sums:result(), math.floor(BAR * step / steps)
+  log:write(("\r%s [%s%s] %d/%d  loss %.4f  accuracy %.2f %%  %.0f images/s  %s left \27[K"):format(title, ("="):rep(filled),
+    (" "):rep(BAR - filled), step, steps, r.loss, 100 * r.accuracy, r.images_per_second,
+    duration(r.seconds / step * (steps - step))))
+  log:flush()
+end
+
+local function show_epoch(log, terminal, title, r, valid)
+  local text = ("%s  loss %.4f  accuracy %.2f %%  %.0f images/s  %s"):format(title, r.loss, 100 * r.accuracy,
+    r.images_per_second, duration(r.seconds))
+  if valid then text = ("%s  |  held out: loss %.4f  accuracy %.2f %%"):format(text, valid.loss, 100 * valid.accuracy) end
+  log:write(terminal and "\r" or "", text, terminal and "\27[K\n" or "\n")
+  log:flush()
+end
+
+-- ---- evaluation ----
+
+local function count_correct(logits, labels)
+  return logits:argmax(2):eq(labels):sum():item()
+end
+
+-- Puts the network into evaluation mode for a call; each module gets its own mode back.
+local function in_evaluation(net, f)
+  local modes = {}
+  for _, module in net:named_modules() do modes[module] = module.training end
+  net:eval()
+  local results = table.pack(pcall(core.no_grad, f))
+  for module, mode in pairs(modes) do
+    if rawget(module, "training") ~= mode then rawset(module, "training", mode) end
+  end
+  if not results[1] then error(results[2], 0) end
+  return table.unpack(results, 2, results.n)
+end
+
+-- Sums over samples, so that batches may be of unequal size.
+function train.evaluate(net, loader)
+  return in_evaluation(net, function()
+    local sums = meter()
+    for images, labels in loader:epoch(1) do
+      local logits <close> = net(images)
+      local losses <close> = F.cross_entropy(logits, labels, { reduction = "none" })
+      sums:add(losses:sum():item(), count_correct(logits, labels), labels.shape[1])
+      images:release()
+    end
+    return sums:result()
+  end)
+end
+
+-- ---- training ----
+
+local function is_finite(x)
+  return x == x and x ~= math.huge and x ~= -math.huge
+end
+
+local function stop(what, epoch, step, rate)
+  error(("train: %s in epoch %d, step %d (rate %.3g)"):format(what, epoch, step, rate), 0)
+end
+
+-- One step; gives the loss and how many were right.
+local function one_step(o, images, labels, epoch, step)
+  local logits <close> = o.net(images)
+  local loss <close> = o.loss(logits, labels)
+  local value = loss:item()
+  if not is_finite(value) then stop(("the loss is %s"):format(value), epoch, step, o.optimizer.lr) end
+  o.optimizer:zero_grad()
+  loss:backward()
+  local norm, culprit = o.optimizer:gradient_norm()
+  if not is_finite(norm) then
+    stop(("the gradient of '%s' is not finite"):format(culprit), epoch, step, o.optimizer.lr)
+  end
+  o.optimizer:step()
+  return value, core.no_grad(function() return count_correct(logits, labels) end)
+end
+
+local function one_epoch(o, epoch, first_step)
+  local sums, step, title = meter(), 0, ("epoch %d/%d"):format(epoch, o.epochs)
+  local shown = 0
+  for images, labels in o.loader:epoch(epoch) do
+    step = step + 1
+    if o.schedule then o.optimizer.lr = o.schedule(first_step + step) end
+    local n = labels.shape[1]
+    local loss, correct = one_step(o, images, labels, epoch, step)
+    images:release()
+    labels:release()
+    sums:add(loss * n, correct, n)
+    if o.terminal and core.clock() - shown > 0.1 then
+      show_progress(o.log, title, sums, step, o.loader.batches)
+      shown = core.clock()
+    end
+  end
+  return sums:result(), step, title
+end
+
+function train.fit(given)
+  local o = options("train.fit", given, { net = options.required, optimizer = options.required, loader = options.required,
+    epochs = options.required, schedule = options.optional, valid = options.optional, on_epoch = options.optional,
+    loss = function(logits, labels) return F.cross_entropy(logits, labels) end, log = io.stdout })
+  o.terminal = o.log == io.stdout and core.is_terminal() and not os.getenv "NO_PROGRESS"
+  local history, steps = {}, 0
+  for epoch = 1, o.epochs do
+    o.net:train()
+    local result, taken, title = one_epoch(o, epoch, steps)
+    steps = steps + taken
+    result.epoch, result.rate = epoch, o.optimizer.lr
+    result.valid = o.valid and train.evaluate(o.net, o.valid) or nil
+    history[epoch] = result
+    show_epoch(o.log, o.terminal, title, result, result.valid)
+    if o.on_epoch then o.on_epoch(result) end
+  end
+  return history
+end
+
+document("train.fit", [[
+  train.fit{net=, optimizer=, loader=, epochs=, schedule=, valid=, loss=, on_epoch=, log=} -> history
+  Trains: for each epoch all batches of the loader, then the held-out ones. schedule(step) gives the rate; on_epoch(result) is
+  called after each epoch. On a terminal a bar shows progress, otherwise there is one line an epoch. A loss or a gradient that is
+  not finite is an error that names the step and the parameter.
+  > local d = data.images{images = orepa.rand(8, 1, 4, 4), labels = orepa.zeros({8}, {dtype = "int64"}), classes = 2}
+  > local net = nn.Sequential(nn.Conv2d{in_channels = 1, out_channels = 2, kernel_size = 4}, nn.AdaptiveAvgPool2d(1))
+  > local Head = nn.Module:extend("Head"); function Head:init() self.body = net end
+  > function Head:forward(x) return self.body(x):flatten(2) end
+  > local head = Head()
+  > return train.fit{net = head, optimizer = optim.SGD(head:parameters(), {lr = 0.1}), epochs = 1,
+  >   loader = data.loader{dataset = d, batch_size = 4}}]])
+document("train.evaluate", [[
+  train.evaluate(net, loader) -> {loss=, accuracy=, images=, seconds=, images_per_second=}
+  Mean loss and accuracy in evaluation mode, exact over batches of unequal size.
+  > local d = data.images{images = orepa.rand(5, 1, 1, 2), labels = orepa.zeros({5}, {dtype = "int64"}), classes = 2}
+  > local Flat = nn.Module:extend("Flat"); function Flat:forward(x) return x:flatten(2) end
+  > return train.evaluate(Flat(), data.loader{dataset = d, batch_size = 2})]])
+
+return train
