@@ -42,7 +42,7 @@ static void open_library(void) {
 const char *onednn_version(void) {
   static char text[32];
   const dnnl_version_t *version = dnnl_version();
-  snprintf(text, sizeof text, "oneDNN %d.%d.%d", version->major, version->minor, version->patch);
+  snprintf(text, sizeof text, "%d.%d.%d", version->major, version->minor, version->patch);
   return text;
 }
 
@@ -234,35 +234,28 @@ typedef struct {
   int64_t first[2], taps[2];
 } conv_descriptors;
 
-/* On an axis without dilation, taps that meet nothing but padding are left out: 3x3 on a map of 1x1 is one tap. */
+/* On an axis without dilation, taps that meet nothing but padding are left out: 3x3 on a map of 1x1 is one tap. Besides
+ * the time, 2.6.3's AMX kernels never write such taps' gradients. A single result that ends with the map is reached
+ * without a step, and so a strided 3x3 on a map of 1x1 is no strided 1x1. */
 static void crop_axis(const conv_geometry *g, int axis, conv_descriptors *d) {
   int64_t last_start = (g->result[axis] - 1) * g->stride[axis] - g->padding[axis];
   int64_t first = last_start < 0 ? -last_start : 0, last = g->size[axis] + g->padding[axis];
   bool crops = g->dilation[axis] == 1 && first < g->kernel[axis];
   d->first[axis] = crops ? first : 0;
   d->taps[axis] = (crops && last < g->kernel[axis] ? last : g->kernel[axis]) - d->first[axis];
-}
-
-static void crop(const conv_geometry *g, conv_descriptors *d) {
-  crop_axis(g, 0, d);
-  crop_axis(g, 1, d);
-  if (d->taps[0] == 1 && d->taps[1] == 1 && (g->stride[0] != 1 || g->stride[1] != 1)) { /* no strided 1x1 */
-    d->first[0] = d->first[1] = 0;
-    d->taps[0] = g->kernel[0];
-    d->taps[1] = g->kernel[1];
-  }
-  for (int axis = 0; axis < 2; axis++) {
-    int64_t span = (d->taps[axis] - 1) * g->dilation[axis] + 1;
-    d->before[axis] = g->padding[axis] - d->first[axis];
-    int64_t after = (g->result[axis] - 1) * g->stride[axis] + span - g->size[axis] - d->before[axis];
-    d->after[axis] = after > 0 ? after : 0;
-    d->stride[axis] = g->stride[axis];
-    d->dilation[axis] = g->dilation[axis] - 1;
-  }
+  d->before[axis] = g->padding[axis] - d->first[axis];
+  int64_t span = (d->taps[axis] - 1) * g->dilation[axis] + 1;
+  int64_t after = (g->result[axis] - 1) * g->stride[axis] + span - g->size[axis] - d->before[axis];
+  d->after[axis] = after > 0 ? after : 0;
+  d->stride[axis] = g->result[axis] == 1 && after >= 0 ? 1 : g->stride[axis];
+  d->dilation[axis] = g->dilation[axis] - 1;
 }
 
 static dnnl_status_t describe(const conv_geometry *g, conv_descriptors *d) {
-  crop(g, d);
+  crop_axis(g, 0, d);
+  crop_axis(g, 1, d);
+  if (d->taps[0] * d->taps[1] == 1 && (d->stride[0] > 1 || d->stride[1] > 1))
+    return dnnl_unimplemented; /* onednn.h says why */
   int64_t in = g->groups * g->in, out = g->groups * g->out;
   TRY(tagged(&d->x, g->dtype, 4, (int64_t[]){g->batch, in, g->size[0], g->size[1]}, dnnl_nhwc));
   TRY(tagged(&d->y, g->dtype, 4, (int64_t[]){g->batch, out, g->result[0], g->result[1]}, dnnl_nhwc));
@@ -320,11 +313,12 @@ static dnnl_status_t make_conv(stored_primitive *e, const conv_geometry *g) {
   static const int y_argument[] = {DNNL_ARG_DST, DNNL_ARG_DIFF_DST, DNNL_ARG_DIFF_DST};
   conv_descriptors d;
   int64_t kind = e->key.kind;
-  if (conv_is_point(g) && (g->stride[0] != 1 || g->stride[1] != 1))
-    return dnnl_unimplemented; /* onednn.h says why */
   TRY(describe(g, &d));
   TRY(describe_conv(e, &d));
   TRY(make_primitive(e, g->dtype == OREPA_FLOAT32));
+  bool dilated = g->dilation[0] > 1 || g->dilation[1] > 1;
+  if (kind == KIND_BACKWARD_WEIGHT && dilated && strstr(e->implementation, "amx"))
+    return dnnl_unimplemented; /* wrong in 2.6.3 */
   const dnnl_memory_desc_t *wanted = dnnl_primitive_desc_query_md(
       e->desc, kind == KIND_BACKWARD_WEIGHT ? dnnl_query_diff_weights_md : dnnl_query_weights_md, 0);
   TRY(make_packing(e, &d.kernel, wanted));

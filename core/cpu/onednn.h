@@ -5,7 +5,7 @@
 
 #include "cpu/conv.h"
 
-/* "oneDNN 2.6.3" */
+/* "2.6.3" */
 const char *onednn_version(void);
 
 /* float32, row-major, as cpu_product in matmul.h; straight to the library. */
