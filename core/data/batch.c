@@ -325,7 +325,7 @@ static void byte_statistics(const image_set *images, int64_t c, double *mean, do
   for (int64_t first = 0; first < images->count; first += chunk) {
     int64_t some[256] = {0};
     count_bytes(images, c, first, smaller(first + chunk, images->count), some);
-#pragma omp critical(byte_statistics) /* integers: any order gives the same sum */
+#pragma omp critical /* integers: any order gives the same sum */
     for (int x = 0; x < 256; x++)
       counts[x] += some[x];
   }

@@ -19,19 +19,18 @@ static const char usage[] = "usage: orepa script.lua [argument ...]\n"
                             " script. `require \"orepa\"` finds the library that belongs to this program;\n"
                             "the script finds its arguments in `arg`, and in `...`.\n";
 
-/* The folder above the program's: of a build tree (build/orepa) or an installation (bin/orepa). */
+/* The folder that holds bin/orepa: of an installation or a build tree, which look alike. */
 static int find_root(char *root, size_t size) {
   ssize_t length = readlink("/proc/self/exe", root, size - 1);
   if (length < 0)
     return -1;
   root[length] = '\0';
-  char *slash = strrchr(root, '/');
-  if (!slash)
-    return -1;
-  *slash = '\0';
-  slash = strrchr(root, '/');
-  if (slash && !strcmp(slash, "/bin"))
+  for (int up = 0; up < 2; up++) {
+    char *slash = strrchr(root, '/');
+    if (!slash)
+      return -1;
     *slash = '\0';
+  }
   return 0;
 }
 

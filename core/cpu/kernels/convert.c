@@ -1,8 +1,5 @@
 /* convert.c: a run for each pair of types. A source is seen as float, double, int64 or int32, whichever holds it
  * exactly; a target takes each of these. */
-#ifndef __clang__
-#pragma GCC optimize("no-trapping-math") /* a choice may be computed both ways: vector code, and the same values */
-#endif
 #include "cpu/kernels/convert.h"
 
 #include "dtype.h"

@@ -1,9 +1,6 @@
 /* elementwise.c: every function of elementwise.h and its derivatives: a loop for each over short runs of one type. What
  * is not such a run in memory (another type, another stride, a number) is loaded into a buffer first, or stored from
  * one. */
-#ifndef __clang__
-#pragma GCC optimize("no-trapping-math") /* a choice may be computed both ways: vector code, and the same values */
-#endif
 #include "elementwise.h"
 
 #include <tgmath.h>

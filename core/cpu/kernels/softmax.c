@@ -1,8 +1,5 @@
 /* softmax.c: softmax, its logarithm and cross entropy, over the last axis. Rows are computed one at a time in a buffer
  * of float32 that stays in the first cache, whatever their type and strides are. */
-#ifndef __clang__
-#pragma GCC optimize("no-trapping-math") /* a choice may be computed both ways: vector code, and the same values */
-#endif
 #include <math.h>
 #include <omp.h>
 
