@@ -19,6 +19,9 @@ end
 function fashion_mnist.load(o)
   local folder, held_out = o and o.folder or fashion_mnist.folder, o and o.held_out or 5000
   local all = load(folder, "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")
+  if math.type(held_out) ~= "integer" or held_out < 0 or held_out >= all.size then
+    orepa.fail(("fashion_mnist: held_out is %s of %d training images"):format(tostring(held_out), all.size))
+  end
   local train = data.part(all, 1, all.size - held_out)
   local mean, deviation = data.image_statistics(train.images)
   return { train = train, valid = held_out > 0 and data.part(all, all.size - held_out + 1, all.size) or nil,

@@ -1,6 +1,7 @@
 -- orepa.datasets: datasets by name.
 
 local orepa = require "orepa.core"
+local document = require "orepa.document"
 
 local datasets = {}
 
@@ -15,5 +16,10 @@ function datasets.load(name, options)
   end
   return require(known[name]).load(options)
 end
+
+document("datasets.load", [[
+  datasets.load(name, {folder=, held_out=}) -> dataset
+  {train=, valid=, test=, mean=, deviation=, classes=, channels=, class_names=} of a dataset by name: fashion-mnist.
+  > pcall(require("orepa.datasets").load, "fashion-mnist", {folder = "/nowhere"})]])
 
 return datasets

@@ -39,12 +39,20 @@ local function is_deployed(net)
   return false
 end
 
+-- Options as JSON with sorted keys: the same network gives the same file.
+local function encoded(options)
+  local entries = {}
+  for key, value in pairs(options) do entries[#entries + 1] = cjson.encode(key) .. ":" .. cjson.encode(value) end
+  table.sort(entries)
+  return "{" .. table.concat(entries, ",") .. "}"
+end
+
 function models.save(net, path, meta)
   if not net.model_name then orepa.fail("models.save: this network was not made by models.create; use orepa.save") end
   local options = {}
   for key, value in pairs(net.model_options) do options[key] = value end
   options.deploy = is_deployed(net) or nil
-  local all = { model = net.model_name, model_options = next(options) and cjson.encode(options) or "{}" }
+  local all = { model = net.model_name, model_options = encoded(options) }
   for key, value in pairs(meta or {}) do all[key] = value end
   local tensors, order = net:state_dict()
   orepa.save(path, tensors, all, order)

@@ -18,7 +18,8 @@ local args = parser:parse()
 
 local net, meta = models.load(args.input)
 if not meta.dataset then orepa.fail(("deploy.lua: %s does not name the dataset it was trained on"):format(args.input)) end
-local set = datasets.load(meta.dataset, { folder = args.data })
+local set = datasets.load(meta.dataset, { folder = args.data, held_out = 0 })
+if args.images < 1 then orepa.fail(("deploy.lua: --images is %d, at least 1 expected"):format(args.images)) end
 local count = math.min(args.images, set.test.size)
 local loader = orepa.data.loader { dataset = orepa.data.part(set.test, 1, count), batch_size = args.batch_size,
   mean = cjson.decode(meta.mean), deviation = cjson.decode(meta.deviation) }

@@ -62,7 +62,9 @@ local function write_file(path, text)
 end
 
 local function make_folder(path)
-  if lfs.attributes(path, "mode") ~= "directory" then assert(lfs.mkdir(path)) end
+  if lfs.attributes(path, "mode") == "directory" then return end
+  local made, message = lfs.mkdir(path)
+  if not made then orepa.fail(("train.lua: --out %s: %s"):format(path, message)) end
 end
 
 local metrics = { options = {}, epochs = {} }

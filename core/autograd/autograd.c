@@ -217,7 +217,7 @@ static int accumulate(orepa_tensor **sum, orepa_tensor *g) {
 
 /* A leaf's gradient is contiguous, in the leaf's type, and its own memory. */
 static int accumulate_leaf(orepa_tensor *leaf, orepa_tensor *g) {
-  if (g->dtype != leaf->dtype) {
+  if (g->dtype != leaf->dtype || g->storage->device != leaf->storage->device) { /* it may have moved since */
     orepa_tensor *converted = orepa_to(g, leaf->dtype, leaf->storage->device);
     orepa_release(g);
     if (!converted)
@@ -355,7 +355,9 @@ orepa_tensor *orepa_grad(const orepa_tensor *t) {
 int orepa_set_grad(orepa_tensor *t, orepa_tensor *grad) {
   if (grad && (!shape_equal(t, grad) || t->dtype != grad->dtype || t->storage->device != grad->storage->device))
     return error_set("grad: a gradient of %s for a tensor of %s", tensor_text(grad), tensor_text(t));
-  orepa_tensor *own = grad ? orepa_detach(grad) : NULL;
+  bool was = orepa_set_grad_enabled(false);
+  orepa_tensor *own = !grad ? NULL : orepa_is_contiguous(grad) ? orepa_detach(grad) : orepa_clone(grad);
+  orepa_set_grad_enabled(was);
   if (grad && !own)
     return -1;
   orepa_release(t->grad);
@@ -366,7 +368,7 @@ int orepa_set_grad(orepa_tensor *t, orepa_tensor *grad) {
 /* ---- in-place ops ---- */
 
 int autograd_check_in_place(const char *op, orepa_tensor *t, bool recorded) {
-  for (int d = 0; d < t->rank; d++)
+  for (int d = 0; d < t->rank && orepa_count(t); d++) /* an empty tensor's strides mean nothing */
     if (t->shape[d] > 1 && t->strides[d] == 0)
       return error_set("%s_: an expanded tensor (%s) has elements that are one; clone it first", op, tensor_text(t));
   if (!recorded)

@@ -1,8 +1,8 @@
 /* conv.c: convolution in its three directions: sizes taken from the arrays, the fastest way chosen for them, and around
  * it what every way needs (an input normalised first, a dense bias, empty arrays).
  *
- * The ways, for float32: by positions on small maps; oneDNN's kernels; by lowering. For bfloat16: oneDNN's. The choice
- * was measured; conv_way says when which is the fastest. */
+ * The ways, for float32: by positions on small maps; oneDNN's kernels; by lowering. The choice was measured; `preferred`
+ * says when which is the fastest. For bfloat16: oneDNN's kernels, and float32 where it has none. */
 #include <string.h>
 
 #include "cpu/conv.h"
@@ -92,6 +92,8 @@ typedef struct {
   cpu_scratch scratch;
   size_t own, points, normal, lent, dense_bias; /* places */
   size_t lent_bytes;
+  bool widens; /* bfloat16 computed in float32: g is then that of float32 */
+  size_t wide_x, wide_w, wide_y, wide_bias;
   void *x, *w, *y;
   const void *bias;
 } conv_work;
@@ -111,7 +113,7 @@ static conv_geometry of_points(const conv_geometry *g) {
   return points;
 }
 
-static device_status plan(conv_work *c, bool has_bias) {
+static device_status plan_in_type(conv_work *c, bool has_bias) {
   size_t bytes, size = orepa_dtype_size((orepa_dtype)c->g.dtype);
   c->takes_points = is_strided_point(&c->g) && preferred(c->direction, &c->g) != BY_POSITIONS;
   if (c->takes_points) {
@@ -125,8 +127,37 @@ static device_status plan(conv_work *c, bool has_bias) {
   return status;
 }
 
+static int64_t pixels(const int64_t size[2]) {
+  return size[0] * size[1];
+}
+static int64_t count_x(const conv_geometry *g) {
+  return g->batch * g->groups * g->in * pixels(g->size);
+}
+static int64_t count_w(const conv_geometry *g) {
+  return g->groups * g->out * g->in * pixels(g->kernel);
+}
+static int64_t count_y(const conv_geometry *g) {
+  return g->batch * g->groups * g->out * pixels(g->result);
+}
+
+static device_status plan(conv_work *c, bool has_bias) {
+  conv_geometry given = c->g;
+  device_status status = plan_in_type(c, has_bias);
+  if (status != DEVICE_UNSUPPORTED || given.dtype != OREPA_BFLOAT16)
+    return status;
+  c->widens = true;
+  c->g = given;
+  c->g.dtype = OREPA_FLOAT32;
+  c->scratch = (cpu_scratch){0};
+  c->wide_x = scratch_place(&c->scratch, (size_t)count_x(&given) * sizeof(float));
+  c->wide_w = scratch_place(&c->scratch, (size_t)count_w(&given) * sizeof(float));
+  c->wide_y = scratch_place(&c->scratch, (size_t)count_y(&given) * sizeof(float));
+  c->wide_bias = scratch_place(&c->scratch, has_bias ? (size_t)(given.groups * given.out) * sizeof(float) : 0);
+  return plan_in_type(c, has_bias);
+}
+
 /* What is planned, with scratch taken and x, w, y and bias set. */
-static device_status compute(conv_work *c) {
+static device_status compute_in_type(conv_work *c) {
   void *own = c->scratch.memory + c->own, *x = c->x;
   size_t size = orepa_dtype_size((orepa_dtype)c->g.dtype);
   device_status status;
@@ -144,6 +175,44 @@ static device_status compute(conv_work *c) {
   }
   if (status == DEVICE_DONE && c->takes_points && c->direction == CONV_BACKWARD_DATA)
     conv_spread_points(&c->seen, size, c->x, x);
+  return status;
+}
+
+/* `count` numbers without gaps from one type to another. */
+static device_status convert(device_context *context, int64_t count, orepa_dtype to_type, void *to,
+                             orepa_dtype from_type, const void *from) {
+  device_array target = {.data = to, .dtype = to_type, .rank = 1, .shape = {count}, .strides = {1}};
+  device_array source = {.data = (void *)from, .dtype = from_type, .rank = 1, .shape = {count}, .strides = {1}};
+  return context->device->copy(context, &target, &source);
+}
+
+static device_status compute(device_context *context, conv_work *c) {
+  if (!c->widens)
+    return compute_in_type(c);
+  const conv_geometry *g = c->takes_points ? &c->seen : &c->g;
+  char *memory = c->scratch.memory;
+  struct {
+    bool result;
+    int64_t count;
+    void **place, *given, *wide;
+  } all[] = {{c->direction == CONV_BACKWARD_DATA, count_x(g), &c->x, c->x, memory + c->wide_x},
+             {c->direction == CONV_BACKWARD_WEIGHT, count_w(g), &c->w, c->w, memory + c->wide_w},
+             {c->direction == CONV_FORWARD, count_y(g), &c->y, c->y, memory + c->wide_y}};
+  device_status status = DEVICE_DONE;
+  for (int k = 0; k < 3 && status == DEVICE_DONE; k++) {
+    *all[k].place = all[k].wide;
+    if (!all[k].result)
+      status = convert(context, all[k].count, OREPA_FLOAT32, all[k].wide, OREPA_BFLOAT16, all[k].given);
+  }
+  if (c->bias && status == DEVICE_DONE) {
+    status = convert(context, g->groups * g->out, OREPA_FLOAT32, memory + c->wide_bias, OREPA_BFLOAT16, c->bias);
+    c->bias = memory + c->wide_bias;
+  }
+  if (status == DEVICE_DONE)
+    status = compute_in_type(c);
+  for (int k = 0; k < 3 && status == DEVICE_DONE; k++)
+    if (all[k].result)
+      status = convert(context, all[k].count, OREPA_BFLOAT16, all[k].given, OREPA_FLOAT32, all[k].wide);
   return status;
 }
 
@@ -200,7 +269,7 @@ static device_status forward(device_context *context, conv_work *c, const device
   c->bias = bias ? dense_bias(c, bias) : NULL;
   if (prologue)
     status = run_prologue(context, c, x, prologue);
-  return status ? status : compute(c);
+  return status ? status : compute(context, c);
 }
 
 device_status cpu_conv_forward(device_context *context, const orepa_conv *conv, const device_array *y,
@@ -230,7 +299,7 @@ device_status cpu_conv_backward_data(device_context *context, const orepa_conv *
   c.x = dx->data;
   c.w = w->data;
   c.y = dy->data;
-  return compute(&c);
+  return compute(context, &c);
 }
 
 static device_status backward_weight(device_context *context, conv_work *c, const device_array *x,
@@ -244,7 +313,7 @@ static device_status backward_weight(device_context *context, conv_work *c, cons
     return DEVICE_FAILED;
   if (prologue)
     status = run_prologue(context, c, x, prologue);
-  return status ? status : compute(c);
+  return status ? status : compute(context, c);
 }
 
 device_status cpu_conv_backward_weight(device_context *context, const orepa_conv *conv, const device_array *dw,

@@ -11,8 +11,8 @@ typedef struct {
   void *value;
 } item;
 
-/* The index maps names to positions. It is jansson's hash table because that one's seed is secret: names come from files, and
- * must not be able to collide on purpose. */
+/* The index maps names to positions. It is jansson's hash table because that one's seed is secret: names come from
+ * files, and must not be able to collide on purpose. */
 typedef struct {
   item *items;
   size_t count, capacity;

@@ -1,11 +1,12 @@
 /* file.c: files read at any position and written whole or not at all.
  *
- * A file is replaced by writing beside it, in the same folder, under a name that nobody has, bringing the bytes to the disk,
- * and renaming: whoever opens the path finds the old file or the new one, also after a crash. */
+ * A file is replaced by writing beside it, in the same folder, under a name that nobody has, bringing the bytes to the
+ * disk, and renaming: whoever opens the path finds the old file or the new one, also after a crash. */
 #include "io/file.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -80,7 +81,8 @@ static int folder_length(const char *target) {
   return slash ? (int)(slash + 1 - target) : 0;
 }
 
-/* Opens a new file beside the target: .NAME.PID-COUNT.tmp, the name cut so that the whole is never too long for a folder. */
+/* Opens a new file beside the target: .NAME.PID-COUNT.tmp, the name cut so that the whole is never too long for a
+ * folder. */
 static int open_temporary(file_writer *file) {
   static atomic_uint count;
   int folder = folder_length(file->target);
@@ -99,20 +101,40 @@ static int open_temporary(file_writer *file) {
   return 0;
 }
 
+/* The path behind the symbolic links at its end, whether a file is there yet or not; NULL: errno says why. */
+static char *follow_links(const char *path) {
+  enum { MOST_LINKS = 40 }; /* as many as the kernel follows */
+  char link[PATH_MAX], *target = strdup(path);
+  for (int followed = 0; target; followed++) {
+    ssize_t length = readlink(target, link, sizeof link - 1);
+    if (length < 0)
+      return target;
+    link[length] = '\0';
+    int folder = link[0] == '/' ? 0 : folder_length(target);
+    char *next = followed < MOST_LINKS ? malloc((size_t)folder + (size_t)length + 1) : NULL;
+    if (next)
+      sprintf(next, "%.*s%s", folder, target, link);
+    else if (followed == MOST_LINKS)
+      errno = ELOOP;
+    free(target);
+    target = next;
+  }
+  return NULL;
+}
+
 static int start(file_writer *file) {
-  file->target = realpath(file->path, NULL);
-  bool exists = file->target;
-  if (!exists)
-    file->target = strdup(file->path);
-  if (!file->target)
-    return error_out_of_memory("%s: cannot be written: out of memory", file->path);
   struct stat old;
-  exists = exists && !stat(file->target, &old);
+  bool exists = !stat(file->path, &old);
   if (exists && !S_ISREG(old.st_mode))
     return error_set("%s: is %s: no file can be written there", file->path,
                      S_ISDIR(old.st_mode) ? "a folder" : "a device or a pipe");
   /* Renaming would also replace a file that its owner protected. */
-  if (exists && access(file->target, W_OK))
+  if (exists && access(file->path, W_OK))
+    return error_set("%s: cannot be written: %s", file->path, strerror(errno));
+  file->target = follow_links(file->path);
+  if (!file->target && errno == ENOMEM)
+    return error_out_of_memory("%s: cannot be written: out of memory", file->path);
+  if (!file->target)
     return error_set("%s: cannot be written: %s", file->path, strerror(errno));
   if (open_temporary(file))
     return -1;
@@ -143,8 +165,8 @@ int file_write(file_writer *file, const void *data, size_t bytes) {
   return 0;
 }
 
-/* A rename is durable once its folder is. A folder that may not be read cannot be synced, and some file systems don't know
- * how to: then it is as durable as it gets. */
+/* A rename is durable once its folder is. A folder that may not be read cannot be synced, and some file systems don't
+ * know how to: then it is as durable as it gets. */
 static int sync_folder(const file_writer *file) {
   int length = folder_length(file->target), failed = 0;
   file->target[length] = '\0';

@@ -1,5 +1,5 @@
-/* file.h: files as the readers and writers of formats want them: read at any position, written whole or not at all. Every
- * message begins with the path. */
+/* file.h: files as the readers and writers of formats want them: read at any position, written whole or not at all.
+ * Every message begins with the path. */
 #ifndef OREPA_CORE_IO_FILE_H
 #define OREPA_CORE_IO_FILE_H
 
@@ -32,8 +32,8 @@ typedef struct {
 /* After -1 nothing is left behind; after 0 the caller must come to file_finish. */
 int file_create(file_writer *file, const char *path);
 int file_write(file_writer *file, const void *data, size_t bytes);
-/* Puts the new file in the old one's place, durably; or, if `failed` or anything fails here, removes it: then -1, and the
- * message is that of the first failure. */
+/* Puts the new file in the old one's place, durably; or, if `failed` or anything fails here, removes it: then -1, and
+ * the message is that of the first failure. */
 int file_finish(file_writer *file, bool failed);
 
 #endif

@@ -1,12 +1,12 @@
 /* safetensors.c: files of weights in the safetensors format, read as files that somebody else made up, and written.
  *
- * A file is the length N of its header (8 bytes, little-endian), the header (JSON, padded with spaces), and the tensors'
- * bytes (row-major, little-endian) without a gap:
+ * A file is the length N of its header (8 bytes, little-endian), the header (JSON, padded with spaces), and the
+ * tensors' bytes (row-major, little-endian) without a gap:
  *
  *     {"__metadata__": {"key": "value"}, "name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ...}
  *
- * Offsets count from the end of the header. Reading checks the whole header against the file's real size before it asks for
- * memory for any tensor. */
+ * Offsets count from the end of the header. Reading checks the whole header against the file's real size before it asks
+ * for memory for any tensor. */
 #include "io/safetensors.h"
 
 #include <jansson.h>
@@ -58,8 +58,8 @@ __attribute__((format(printf, 3, 4))) static int refuse(const file_reader *file,
 
 /* ---- the header's bytes ---- */
 
-/* What lies under such a name by mistake, by its first bytes. None is the length of a possible header, but for a ZIP archive's,
- * which can be. */
+/* What lies under such a name by mistake, by its first bytes. None is the length of a possible header, but for those
+ * that looks_compressed knows. */
 static const struct {
   const char *start, *what;
 } strangers[] = {
@@ -94,19 +94,24 @@ static int refuse_stranger(const file_reader *file, uint64_t length) {
                 (unsigned long long)length, MOST_HEADER_BYTES);
 }
 
+/* A ZIP archive or a gzip stream, whose first 8 bytes can be the length of a header; but then no '{' follows them. */
+static bool looks_compressed(const unsigned char bytes[LENGTH_BYTES + 1]) {
+  return bytes[LENGTH_BYTES] != '{' && (!memcmp(bytes, "PK\3\4", 4) || !memcmp(bytes, "\x1f\x8b\x08", 3));
+}
+
 /* The length of the header, whose bytes are known to be there; or -1. */
 static int64_t header_length(const file_reader *file) {
-  unsigned char bytes[LENGTH_BYTES];
+  unsigned char bytes[LENGTH_BYTES + 1] = {0};
   if (file->size == 0)
     return refuse(file, NULL, "is empty");
   if (file->size < LENGTH_BYTES)
     return refuse(file, NULL, "is no safetensors file: it has %lld bytes", (long long)file->size);
-  if (file_read(file, 0, bytes, sizeof bytes))
+  if (file_read(file, 0, bytes, file->size < (int64_t)sizeof bytes ? (size_t)file->size : sizeof bytes))
     return -1;
   uint64_t length = 0;
   for (int k = LENGTH_BYTES; k-- > 0;)
     length = length << 8 | bytes[k];
-  if (length > MOST_HEADER_BYTES || !memcmp(bytes, "PK\3\4", 4))
+  if (length > MOST_HEADER_BYTES || looks_compressed(bytes))
     return refuse_stranger(file, length);
   if ((int64_t)length > file->size - LENGTH_BYTES)
     return refuse(file, NULL, "is truncated: its header has %lld bytes, and %lld follow", (long long)length,
@@ -276,8 +281,7 @@ static int read_entry(const header *h, tensor_entry *e, json_t *json) {
     if (value != values[0] && value != values[1] && value != values[2])
       return refuse(h->file, e->name, "it has an unknown field \"%s\"", printable(field, printed));
   }
-  return read_dtype(h, e, values[0]) || read_shape(h, e, values[1]) || read_offsets(h, e, values[2]) ||
-                 check_size(h, e)
+  return read_dtype(h, e, values[0]) || read_shape(h, e, values[1]) || read_offsets(h, e, values[2]) || check_size(h, e)
              ? -1
              : 0;
 }
@@ -336,15 +340,15 @@ static int check_layout(header *h) {
     const tensor_entry *e = h->by_data[k];
     if (e->begin < at)
       return refuse(h->file, e->name, "data_offsets [%lld, %lld] overlap those of \"%s\", which end at %lld",
-                    (long long)e->begin, (long long)e->end, printable(h->by_data[k - 1]->name, printed),
-                    (long long)at);
+                    (long long)e->begin, (long long)e->end, printable(h->by_data[k - 1]->name, printed), (long long)at);
     if (e->begin > at)
       return refuse(h->file, e->name, "data_offsets [%lld, %lld] leave a hole: the tensors before it end at %lld",
                     (long long)e->begin, (long long)e->end, (long long)at);
     at = e->end;
     if (at > h->bytes)
-      return refuse(h->file, e->name, "data_offsets [%lld, %lld] reach beyond the file, which has %lld bytes of data: "
-                                      "it is truncated",
+      return refuse(h->file, e->name,
+                    "data_offsets [%lld, %lld] reach beyond the file, which has %lld bytes of data: "
+                    "it is truncated",
                     (long long)e->begin, (long long)e->end, (long long)h->bytes);
   }
   if (at < h->bytes)
@@ -440,7 +444,8 @@ typedef struct {
   int64_t largest;
 } layout;
 
-/* Sizes of types fall from 8 to 1, so each tensor begins at a multiple of its own; within a size the archive's order holds. */
+/* Sizes of types fall from 8 to 1, so each tensor begins at a multiple of its own; within a size the archive's order
+ * holds. */
 static int lay_out(layout *l) {
   int64_t at = 0;
   size_t placed = 0;

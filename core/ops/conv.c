@@ -25,6 +25,10 @@ static int conv_shape(const orepa_tensor *x, const orepa_tensor *w, const orepa_
     if (c->stride[d] < 1 || c->dilation[d] < 1 || c->padding[d] < 0)
       return error_set("conv2d: stride %lld, padding %lld, dilation %lld of the %s: at least 1, 0, 1",
                        (long long)c->stride[d], (long long)c->padding[d], (long long)c->dilation[d], axis[d]);
+    if (c->stride[d] > INT32_MAX || c->padding[d] > INT32_MAX || c->dilation[d] > INT32_MAX)
+      return error_set("conv2d: stride %lld, padding %lld, dilation %lld of the %s: at most %lld",
+                       (long long)c->stride[d], (long long)c->padding[d], (long long)c->dilation[d], axis[d],
+                       (long long)INT32_MAX);
     int64_t span = c->dilation[d] * (w->shape[2 + d] - 1) + 1, room = x->shape[2 + d] + 2 * c->padding[d];
     if (w->shape[2 + d] < 1 || span > room)
       return error_set("conv2d: a kernel that spans %lld does not fit into a %s of %lld with padding %lld (input %s, "

@@ -28,17 +28,31 @@ orepa_tensor *op_dense(orepa_tensor *t) {
 
 /* ---- copy_: what was there has no gradient any more, all of it goes to the source ---- */
 
+/* What the source was. */
 typedef struct {
   orepa_dtype dtype;
+  const orepa_device *device;
   int rank;
   int64_t shape[OREPA_MAX_RANK];
 } copy_payload;
 
-static int copy_backward(autograd_node *node, orepa_tensor *dy, orepa_tensor **dx) {
-  const copy_payload *p = node->payload;
+static copy_payload payload_of(const orepa_tensor *src) {
+  copy_payload p = {.dtype = src->dtype, .device = src->storage->device, .rank = src->rank};
+  for (int d = 0; d < src->rank; d++)
+    p.shape[d] = src->shape[d];
+  return p;
+}
+
+/* The source's gradient, from that of what was written. */
+static orepa_tensor *source_gradient(const copy_payload *p, orepa_tensor *dy) {
   orepa_tensor *sum = op_sum_to(dy, p->rank, p->shape);
-  dx[0] = sum ? orepa_to(sum, p->dtype, dy->storage->device) : NULL;
+  orepa_tensor *dx = sum ? orepa_to(sum, p->dtype, p->device) : NULL;
   orepa_release(sum);
+  return dx;
+}
+
+static int copy_backward(autograd_node *node, orepa_tensor *dy, orepa_tensor **dx) {
+  dx[0] = source_gradient(node->payload, dy);
   return dx[0] ? 0 : -1;
 }
 
@@ -53,6 +67,8 @@ int orepa_copy_(orepa_tensor *dst, orepa_tensor *src) {
   orepa_tensor *here = orepa_to(src, src->dtype, dst->storage->device);
   orepa_tensor *own = here && here->storage == dst->storage ? orepa_clone(here) : here ? orepa_retain(here) : NULL;
   orepa_tensor *shaped = own ? orepa_expand(own, dst->rank, dst->shape) : NULL;
+  if (own && !shaped)
+    error_prefix("copy_: ");
   int failed = !shaped || tensor_copy_into(dst, shaped);
   orepa_release(shaped);
   orepa_release(own);
@@ -66,12 +82,8 @@ int orepa_copy_(orepa_tensor *dst, orepa_tensor *src) {
     orepa_release(made);
     return -1;
   }
-  if (node) {
-    copy_payload *p = node->payload;
-    *p = (copy_payload){.dtype = src->dtype, .rank = src->rank};
-    for (int d = 0; d < src->rank; d++)
-      p->shape[d] = src->shape[d];
-  }
+  if (node)
+    *(copy_payload *)node->payload = payload_of(src);
   autograd_rebase(dst, made);
   orepa_release(made);
   return 0;
@@ -102,12 +114,11 @@ typedef struct {
 
 static int assign_backward(autograd_node *node, orepa_tensor *dy, orepa_tensor **dx) {
   const assign_payload *p = node->payload;
-  orepa_tensor *part = p->selects ? orepa_select(dy, p->axis, p->first) : orepa_slice(dy, p->axis, p->first, p->last, 1);
+  orepa_tensor *part =
+      p->selects ? orepa_select(dy, p->axis, p->first) : orepa_slice(dy, p->axis, p->first, p->last, 1);
   int failed = !part;
   if (!failed && autograd_needs(node, 1)) {
-    orepa_tensor *sum = op_sum_to(part, p->source.rank, p->source.shape);
-    dx[1] = sum ? orepa_to(sum, p->source.dtype, dy->storage->device) : NULL;
-    orepa_release(sum);
+    dx[1] = source_gradient(&p->source, part);
     failed = !dx[1];
     if (dx[1] && dx[1]->storage == dy->storage) { /* its own memory: dy's is about to change */
       orepa_tensor *own = orepa_clone(dx[1]);
@@ -134,6 +145,8 @@ static int write_part(orepa_tensor *dst, int axis, int64_t first, int64_t last, 
   orepa_tensor *here = part ? orepa_to(src, src->dtype, dst->storage->device) : NULL;
   orepa_tensor *own = here && here->storage == dst->storage ? orepa_clone(here) : here ? orepa_retain(here) : NULL;
   orepa_tensor *shaped = own ? orepa_expand(own, part->rank, part->shape) : NULL;
+  if (own && !shaped)
+    error_prefix("assign_: ");
   int failed = !shaped || tensor_copy_into(part, shaped);
   orepa_release(shaped);
   orepa_release(own);
@@ -149,6 +162,9 @@ int orepa_assign_(orepa_tensor *dst, int axis, int64_t first, int64_t last, orep
   axis = shape_axis("assign_", dst->rank, axis);
   if (axis < 0 || autograd_check_in_place("assign", dst, recorded))
     return -1;
+  if (first < 0 || first > last || last > dst->shape[axis])
+    return error_set("assign_: positions %lld to %lld don't fit an axis of size %lld (tensor %s)", (long long)first + 1,
+                     (long long)last, (long long)dst->shape[axis], shape_text(dst->rank, dst->shape));
   bool selects = last == first + 1 && src->rank < dst->rank;
   if (!recorded)
     return write_part(dst, axis, first, last, src, selects);
@@ -157,10 +173,7 @@ int orepa_assign_(orepa_tensor *dst, int axis, int64_t first, int64_t last, orep
   int failed = !made || write_part(dst, axis, first, last, src, selects) ||
                autograd_record(&assign_op, made, inputs, 2, 0, sizeof(assign_payload), &node);
   if (node) {
-    assign_payload *p = node->payload;
-    *p = (assign_payload){axis, first, last, selects, {.dtype = src->dtype, .rank = src->rank}};
-    for (int d = 0; d < src->rank; d++)
-      p->source.shape[d] = src->shape[d];
+    *(assign_payload *)node->payload = (assign_payload){axis, first, last, selects, payload_of(src)};
     autograd_rebase(dst, made);
   }
   orepa_release(made);

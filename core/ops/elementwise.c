@@ -223,15 +223,19 @@ static int record(orepa_function f, const orepa_operand *operands, orepa_tensor 
                   orepa_tensor *y) {
   orepa_tensor *inputs[ELEMENTWISE_MAX_OPERANDS];
   int count = inputs_of(f, operands, inputs);
+  int needs = 0; /* what some gradient reads: an addition keeps nothing, and has no slots */
+  for (int k = 0; k < count; k++)
+    if (inputs[k] && inputs[k]->requires_grad)
+      needs |= functions[f].needs[k];
+  int slots = needs & NEEDS_Y ? SLOTS : needs & (NEEDS_A + NEEDS_B + NEEDS_C) ? SLOT_Y : 0;
   autograd_node *node;
-  if (autograd_record(&elementwise_ops[f], y, inputs, count, SLOTS, sizeof(elementwise_payload), &node))
+  if (autograd_record(&elementwise_ops[f], y, inputs, count, slots, sizeof(elementwise_payload), &node))
     return -1;
   if (!node)
     return 0;
   elementwise_payload *p = node->payload;
   p->function = f;
   p->compute = compute;
-  int needs = 0;
   for (int k = 0; k < count; k++) {
     p->numbers[k] = operands[k];
     p->numbers[k].tensor = NULL;
@@ -240,8 +244,6 @@ static int record(orepa_function f, const orepa_operand *operands, orepa_tensor 
     p->operands[k].dtype = operands[k].tensor->dtype;
     p->operands[k].rank = operands[k].tensor->rank;
     memcpy(p->operands[k].shape, operands[k].tensor->shape, sizeof p->operands[k].shape);
-    if (autograd_needs(node, k))
-      needs |= functions[f].needs[k];
   }
   for (int k = 0; k < count; k++)
     if (needs >> k & 1)

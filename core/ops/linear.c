@@ -74,6 +74,10 @@ static orepa_tensor *shaped(orepa_tensor *t, int rank, const int64_t *shape) {
   orepa_tensor *dense = seen ? orepa_contiguous(seen) : NULL;
   orepa_release(seen);
   orepa_release(t);
+  if (dense) { /* nobody else sees its memory: it may be changed in place */
+    dense->is_view = false;
+    dense->storage->viewed_in_graph = false;
+  }
   return dense;
 }
 

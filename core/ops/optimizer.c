@@ -4,10 +4,13 @@
 
 #include "ops/ops.h"
 
-static int check_item(int k, const orepa_tensor *p, const orepa_tensor *g, const orepa_tensor *v, bool momentum) {
+static int check_item(int k, const orepa_device *device, const orepa_tensor *p, const orepa_tensor *g,
+                      const orepa_tensor *v, bool momentum) {
+  if (p->storage->device != device)
+    return error_set("sgd: parameter 1 is on '%s', parameter %d on '%s'", device->name, k + 1, p->storage->device->name);
   if (!shape_equal(p, g) || p->dtype != g->dtype || p->storage->device != g->storage->device)
     return error_set("sgd: parameter %d is %s, its gradient %s", k + 1, tensor_text(p), tensor_text(g));
-  if (momentum && (!v || !shape_equal(p, v) || p->dtype != v->dtype))
+  if (momentum && (!v || !shape_equal(p, v) || p->dtype != v->dtype || v->storage->device != device))
     return error_set("sgd: parameter %d is %s, its velocity %s", k + 1, tensor_text(p), v ? tensor_text(v) : "missing");
   if (!orepa_is_contiguous(p) || !orepa_is_contiguous(g) || (v && !orepa_is_contiguous(v)))
     return error_set("sgd: parameter %d (%s), its gradient and its velocity must be contiguous", k + 1, tensor_text(p));
@@ -25,7 +28,7 @@ int orepa_sgd_step(int count, orepa_tensor *const *parameters, orepa_tensor *con
   bool momentum = options->momentum != 0;
   int failed = 0;
   for (int k = 0; k < count && !failed; k++)
-    failed = check_item(k, parameters[k], gradients[k], velocities[k], momentum);
+    failed = check_item(k, parameters[0]->storage->device, parameters[k], gradients[k], velocities[k], momentum);
   for (int k = 0; k < count && !failed; k++) /* memory first, so that no step is left half done */
     failed = tensor_materialize(parameters[k]) || tensor_materialize(gradients[k]) ||
              (momentum && tensor_materialize(velocities[k]));
@@ -53,8 +56,12 @@ orepa_tensor *orepa_square_sums(int count, orepa_tensor *const *tensors) {
   int failed = !sums || !arrays || tensor_writes(sums, &to);
   if (sums && !arrays)
     error_out_of_memory("square_sums: out of memory: no room for %d tensors", count);
-  for (int k = 0; k < count && !failed; k++)
-    failed = tensor_reads(tensors[k], &arrays[k]);
+  for (int k = 0; k < count && !failed; k++) {
+    const orepa_device *other = tensors[k]->storage->device;
+    failed = other != device
+                 ? error_set("square_sums: tensor 1 is on '%s', tensor %d on '%s'", device->name, k + 1, other->name)
+                 : tensor_reads(tensors[k], &arrays[k]);
+  }
   failed = failed || DISPATCH("square_sums", tensors[0]->dtype, device, square_sums, &to, count, arrays);
   free(arrays);
   return failed ? tensor_fail(sums) : sums;

@@ -14,6 +14,10 @@ static int pool_shape(const char *op, const orepa_tensor *x, const orepa_pool *p
     if (k < 1 || s < 1 || pad < 0 || p->dilation[d] < 1)
       return error_set("%s: kernel %lld, stride %lld, padding %lld, dilation %lld of the %s: at least 1, 1, 0, 1", op,
                        (long long)k, (long long)s, (long long)pad, (long long)p->dilation[d], axis[d]);
+    if (k > INT32_MAX || s > INT32_MAX || pad > INT32_MAX || p->dilation[d] > INT32_MAX)
+      return error_set("%s: kernel %lld, stride %lld, padding %lld, dilation %lld of the %s: at most %lld", op,
+                       (long long)k, (long long)s, (long long)pad, (long long)p->dilation[d], axis[d],
+                       (long long)INT32_MAX);
     int64_t span = p->dilation[d] * (k - 1) + 1;
     if (2 * pad > span)
       return error_set("%s: padding %lld is more than half of the window's %lld, so a window could hold nothing else",

@@ -90,7 +90,7 @@ orepa_tree *orepa_tree_chain(int count, orepa_tree *const *layers, int64_t group
   tree->kernel[0] = tree->kernel[1] = 1;
   for (int k = 0; k < count; k++) {
     const orepa_tree *layer = layers[k];
-    if (layer->groups % groups) {
+    if (groups < 1 || layer->groups % groups) {
       error_set("chain: layer %d has %lld groups, no multiple of %lld", k + 1, (long long)layer->groups, (long long)groups);
       return tree_fail(tree);
     }
@@ -170,14 +170,24 @@ void orepa_tree_set_fast(orepa_tree *tree, bool fast) {
 
 /* ---- constants ---- */
 
+/* Zeros on the host for a constant of this shape, which the device must have room for; they go with free(). */
+static double *constant_values(const orepa_device *device, int rank, const int64_t *shape) {
+  orepa_tensor *room = orepa_empty(OREPA_FLOAT64, device, rank, shape);
+  if (!room)
+    return NULL;
+  double *values = calloc((size_t)orepa_count(room) + 1, sizeof *values);
+  if (!values)
+    error_out_of_memory("out of memory: no room for a constant of %s", tensor_text(room));
+  orepa_release(room);
+  return values;
+}
+
 orepa_tensor *orepa_frequency_prior(orepa_dtype dtype, const orepa_device *device, int64_t channels,
                                     const int64_t kernel[2]) {
   int64_t shape[3] = {channels, kernel[0], kernel[1]}, n = 0;
-  double *values = malloc((size_t)shape_count(3, shape) * sizeof *values + 1), half = (double)channels / 2;
-  if (!values) {
-    error_out_of_memory("out of memory: no room for a prior");
+  double *values = constant_values(device, 3, shape), half = (double)channels / 2;
+  if (!values)
     return NULL;
-  }
   for (int64_t q = 0; q < channels; q++)
     for (int64_t h = 0; h < kernel[0]; h++)
       for (int64_t w = 0; w < kernel[1]; w++) {
@@ -195,11 +205,9 @@ orepa_tensor *orepa_frequency_prior(orepa_dtype dtype, const orepa_device *devic
 orepa_tensor *orepa_identity_kernel(orepa_dtype dtype, const orepa_device *device, int64_t rows, int64_t columns,
                                     const int64_t kernel[2]) {
   int64_t shape[4] = {rows, columns, kernel[0], kernel[1]}, area = kernel[0] * kernel[1];
-  double *values = calloc((size_t)shape_count(4, shape) + 1, sizeof *values);
-  if (!values) {
-    error_out_of_memory("out of memory: no room for an identity kernel");
+  double *values = constant_values(device, 4, shape);
+  if (!values)
     return NULL;
-  }
   for (int64_t t = 0; t < rows; t++)
     values[(t * columns + t % columns) * area + kernel[0] / 2 * kernel[1] + kernel[1] / 2] = 1;
   orepa_tensor *wide = orepa_from_host(OREPA_FLOAT64, device, 4, shape, values);

@@ -24,7 +24,7 @@ typedef struct {
 } device_books;
 
 static device_books books[MAX_DEVICES];
-static int devices;
+static atomic_int devices; /* only the books before it are looked at without the lock */
 static atomic_size_t live_everywhere;
 static pthread_mutex_t devices_lock = PTHREAD_MUTEX_INITIALIZER;
 
@@ -88,6 +88,7 @@ static void give_back_all(device_books *b) {
 }
 
 enum { LARGE = 1 << 20 };
+#define TOO_LARGE (SIZE_MAX / 4) /* bytes that are refused unasked: sums of smaller ones don't overflow */
 
 /* The limit is read again whenever the system is asked for a large block: others use memory too. */
 static size_t limit_of(device_books *b, size_t bytes) {
@@ -115,11 +116,7 @@ static void *ask_system(device_books *b, size_t bytes) {
 
 void *allocator_get(const orepa_device *device, size_t wanted) {
   device_books *b = books_of(device);
-  size_t bytes = wanted;
-  if (wanted > SIZE_MAX / 4) {
-    error_out_of_memory("out of memory: %zu bytes wanted on '%s'", wanted, device->name);
-    return NULL;
-  }
+  size_t bytes = wanted < TOO_LARGE ? wanted : TOO_LARGE;
   int class = size_class(&bytes);
   pthread_mutex_lock(&b->lock);
   block_list *list = &b->free[class];
@@ -127,7 +124,7 @@ void *allocator_get(const orepa_device *device, size_t wanted) {
   if (list->count) {
     memory = list->blocks[--list->count];
     b->info.cached -= bytes;
-  } else {
+  } else if (wanted < TOO_LARGE) {
     memory = ask_system(b, bytes);
   }
   if (memory) {
@@ -135,6 +132,8 @@ void *allocator_get(const orepa_device *device, size_t wanted) {
     atomic_fetch_add_explicit(&live_everywhere, bytes, memory_order_relaxed);
     if (b->info.live > b->info.peak)
       b->info.peak = b->info.live;
+  } else {
+    limit_of(b, LARGE); /* for the message */
   }
   orepa_memory_info info = b->info;
   pthread_mutex_unlock(&b->lock);
@@ -143,6 +142,18 @@ void *allocator_get(const orepa_device *device, size_t wanted) {
                         "limit is %zu",
                         wanted, device->name, info.live, info.cached, info.limit);
   return memory;
+}
+
+static bool list_has_room(block_list *list) {
+  if (list->count < list->capacity)
+    return true;
+  size_t capacity = list->capacity ? 2 * list->capacity : 16;
+  void **blocks = realloc(list->blocks, capacity * sizeof *blocks);
+  if (!blocks)
+    return false;
+  list->blocks = blocks;
+  list->capacity = capacity;
+  return true;
 }
 
 void allocator_put(const orepa_device *device, void *memory, size_t wanted) {
@@ -155,18 +166,11 @@ void allocator_put(const orepa_device *device, void *memory, size_t wanted) {
   block_list *list = &b->free[class];
   b->info.live -= bytes;
   atomic_fetch_sub_explicit(&live_everywhere, bytes, memory_order_relaxed);
-  if (list->count == list->capacity) {
-    size_t capacity = list->capacity ? 2 * list->capacity : 16;
-    void **blocks = realloc(list->blocks, capacity * sizeof *blocks);
-    if (blocks) {
-      list->blocks = blocks;
-      list->capacity = capacity;
-    }
-  }
-  if (list->count < list->capacity) {
+  bool fits = !b->wanted_limit || b->info.live + b->info.cached + bytes <= b->wanted_limit;
+  if (fits && list_has_room(list)) {
     list->blocks[list->count++] = memory;
     b->info.cached += bytes;
-  } else { /* not even room for a pointer */
+  } else {
     device->deallocate(&b->context, memory, bytes);
   }
   pthread_mutex_unlock(&b->lock);
@@ -197,6 +201,8 @@ void orepa_set_memory_limit(const orepa_device *device, size_t bytes) {
   pthread_mutex_lock(&b->lock);
   b->wanted_limit = bytes;
   b->info.limit = bytes;
+  if (bytes && b->info.live + b->info.cached > bytes)
+    give_back_all(b);
   pthread_mutex_unlock(&b->lock);
 }
 

@@ -7,6 +7,7 @@
 #include <time.h>
 
 #include "autograd/autograd.h"
+#include "dtype.h"
 
 /* ---- types ---- */
 
@@ -149,7 +150,7 @@ orepa_tensor *tensor_like(const orepa_tensor *t) {
 }
 
 orepa_tensor *tensor_alias(orepa_tensor *t, int rank, const int64_t *shape, const int64_t *strides, int64_t offset) {
-  orepa_tensor *alias = tensor_allocate();
+  orepa_tensor *alias = shape_bytes(t->dtype, rank, shape) < 0 ? NULL : tensor_allocate(); /* expanded to too much */
   if (!alias)
     return NULL;
   atomic_fetch_add_explicit(&t->storage->references, 1, memory_order_relaxed);
@@ -208,7 +209,8 @@ static int storage_fill(tensor_storage *storage) {
 }
 
 static void array_of(const orepa_tensor *t, device_array *array) {
-  array->data = (char *)t->storage->memory + (size_t)t->offset * orepa_dtype_size(t->dtype);
+  char *memory = t->storage->memory; /* NULL where there is no element, whatever the offset */
+  array->data = memory ? memory + (size_t)t->offset * orepa_dtype_size(t->dtype) : NULL;
   array->dtype = t->dtype;
   array->rank = t->rank;
   memcpy(array->shape, t->shape, sizeof array->shape);
@@ -246,17 +248,27 @@ orepa_tensor *orepa_full(orepa_dtype dtype, const orepa_device *device, int rank
   return t && tensor_fill(t, value) ? tensor_fail(t) : t;
 }
 
-orepa_tensor *orepa_arange(orepa_dtype dtype, const orepa_device *device, double first, double step, int64_t count) {
-  double *values = count < 0 ? NULL : malloc((size_t)count * sizeof *values + 1);
-  if (!values) {
-    error_out_of_memory("arange: out of memory: no room for %lld numbers", (long long)count);
-    return NULL;
+/* `count` numbers into fresh memory of float64, a piece at a time. */
+static int upload_sequence(orepa_tensor *t, double first, double step) {
+  double piece[512];
+  const int64_t count = t->shape[0], most = sizeof piece / sizeof *piece;
+  device_array to;
+  if (tensor_writes(t, &to))
+    return -1;
+  for (int64_t start = 0; start < count; start += most) {
+    int64_t n = count - start < most ? count - start : most;
+    for (int64_t k = 0; k < n; k++)
+      piece[k] = first + (double)(start + k) * step;
+    if (DISPATCH("arange", t->dtype, t->storage->device, upload, (double *)to.data + start, piece,
+                 (size_t)n * sizeof *piece))
+      return -1;
   }
-  for (int64_t k = 0; k < count; k++)
-    values[k] = first + (double)k * step;
-  orepa_tensor *wide = orepa_from_host(OREPA_FLOAT64, device, 1, &count, values);
-  free(values);
-  orepa_tensor *t = wide ? orepa_to(wide, dtype, device) : NULL;
+  return 0;
+}
+
+orepa_tensor *orepa_arange(orepa_dtype dtype, const orepa_device *device, double first, double step, int64_t count) {
+  orepa_tensor *wide = tensor_new(OREPA_FLOAT64, device, 1, &count);
+  orepa_tensor *t = wide && !upload_sequence(wide, first, step) ? orepa_to(wide, dtype, device) : NULL;
   orepa_release(wide);
   return t;
 }
@@ -312,8 +324,7 @@ int tensor_fill(orepa_tensor *t, double value) {
   device_array to;
   if (tensor_writes(t, &to))
     return -1;
-  device_number number = {value, (int64_t)0};
-  number.integer = value >= -0x1p63 && value < 0x1p63 ? (int64_t)value : 0;
+  device_number number = {value, double_to_int64(value)};
   return DISPATCH("fill", t->dtype, t->storage->device, fill, &to, number);
 }
 

@@ -150,7 +150,7 @@ orepa_tensor *orepa_permute(orepa_tensor *t, const int *axes) {
     if (axis < 0)
       return NULL;
     if (seen >> axis & 1) {
-      error_set("permute: axis %d is listed twice", axis + 1);
+      error_set("permute: axis %d is listed twice (tensor %s)", axis + 1, shape_text(t->rank, t->shape));
       return NULL;
     }
     seen |= 1u << axis;
@@ -204,8 +204,9 @@ orepa_tensor *orepa_slice(orepa_tensor *t, int axis, int64_t first, int64_t last
   if (axis < 0)
     return NULL;
   if (step < 1 || first < 0 || last > t->shape[axis] || first > last) {
-    error_set("slice: positions %lld to %lld in steps of %lld don't fit an axis of size %lld", (long long)first + 1,
-              (long long)last, (long long)step, (long long)t->shape[axis]);
+    error_set("slice: positions %lld to %lld in steps of %lld don't fit an axis of size %lld (tensor %s)",
+              (long long)first + 1, (long long)last, (long long)step, (long long)t->shape[axis],
+              shape_text(t->rank, t->shape));
     return NULL;
   }
   slice_payload p = {.base_rank = t->rank, .axis = axis, .first = first, .last = last, .step = step};
@@ -213,7 +214,7 @@ orepa_tensor *orepa_slice(orepa_tensor *t, int axis, int64_t first, int64_t last
   int64_t shape[OREPA_MAX_RANK], strides[OREPA_MAX_RANK];
   memcpy(shape, t->shape, sizeof shape);
   memcpy(strides, t->strides, sizeof strides);
-  shape[axis] = (last - first + step - 1) / step;
+  shape[axis] = (last - first) / step + ((last - first) % step != 0);
   strides[axis] *= step;
   return finish_view(t, tensor_alias(t, t->rank, shape, strides, t->offset + first * t->strides[axis]), &slice_op,
                      sizeof p, &p);
@@ -224,8 +225,9 @@ orepa_tensor *orepa_select(orepa_tensor *t, int axis, int64_t position) {
   if (axis < 0)
     return NULL;
   if (position < -t->shape[axis] || position >= t->shape[axis]) {
-    error_set("select: there is no position %lld in an axis of size %lld",
-              (long long)(position < 0 ? position : position + 1), (long long)t->shape[axis]);
+    error_set("select: there is no position %lld in an axis of size %lld (tensor %s)",
+              (long long)(position < 0 ? position : position + 1), (long long)t->shape[axis],
+              shape_text(t->rank, t->shape));
     return NULL;
   }
   if (position < 0)

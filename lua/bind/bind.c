@@ -138,7 +138,7 @@ bool bind_is_options(lua_State *L, int index) {
   }
   if (strings && others)
     bind_error(L, "argument %d: a table with both named and numbered entries is neither a list nor options", index);
-  return strings;
+  return strings || (!others && index > 1);
 }
 
 int bind_options(lua_State *L, int index, const char *function, const char *const *known) {

@@ -60,7 +60,8 @@ bool bind_retry(lua_State *L);
   } while (0)
 
 /* ---- arguments */
-/* Whether the value is a table with at least one key, all of them strings. Mixed keys are an error. */
+/* Whether the value is a table whose keys are all strings. Mixed keys are an error; an empty table is a shape if it is the first
+ * argument, else options. */
 bool bind_is_options(lua_State *L, int index);
 /* Checks that no key but these (ended by NULL) is in the options at `index`; none and nil are empty. Returns the index or 0. */
 int bind_options(lua_State *L, int index, const char *function, const char *const *known);

@@ -88,8 +88,8 @@ static void register_functions(lua_State *L) {
     const char *name = documents[k].function;
     bind_document(L, lua_pushfstring(L, "t:%s", name), documents[k].text);
     if (!is_comparison(name)) {
-      lua_pushfstring(L, "t:%s_(...) -> t\nt:%s(...) written into t.", name, name);
-      bind_document(L, lua_pushfstring(L, "t:%s_", name), lua_tostring(L, -2));
+      const char *text = lua_pushfstring(L, "t:%s_(...) -> t\nt:%s(...) written into t.", name, name);
+      bind_document(L, lua_pushfstring(L, "t:%s_", name), text);
       lua_pop(L, 2);
     }
     lua_pop(L, 1);

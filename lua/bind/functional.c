@@ -1,4 +1,6 @@
 /* functional.c: orepa.F, the ops that layers are made of. */
+#include <string.h>
+
 #include "bind.h"
 
 static const int64_t one[2] = {1, 1}, zero[2] = {0, 0};
@@ -119,9 +121,9 @@ static int l_cross_entropy(lua_State *L) {
   orepa_cross_entropy_options o = {bind_option_number(L, options, "label_smoothing", 0),
                                    bind_option_integer(L, options, "ignore_index", -100), true};
   const char *reduction = bind_option(L, options, "reduction") ? lua_tostring(L, -1) : "mean";
-  if (!reduction || (reduction[0] != 'm' && reduction[0] != 'n'))
+  if (!reduction || (strcmp(reduction, "mean") && strcmp(reduction, "none")))
     return bind_error(L, "cross_entropy: option 'reduction' is \"mean\" or \"none\"");
-  o.mean = reduction[0] == 'm';
+  o.mean = !strcmp(reduction, "mean");
   BIND_RETURN(L, orepa_cross_entropy(logits, labels, &o));
 }
 

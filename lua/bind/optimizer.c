@@ -1,11 +1,15 @@
 /* optimizer.c: the step of SGD and the sums of squares; the classes are Lua (optim.lua). */
+#include <string.h>
+
 #include "bind.h"
 
-/* The tensors of a list, in a userdata that stays on the stack; the list keeps them alive. */
-static orepa_tensor **tensor_list(lua_State *L, int index, int *count) {
+/* The tensors of a list, in a userdata that stays on the stack; the list keeps them alive. NULLs make a list shorter than
+ * `least` as long. */
+static orepa_tensor **tensor_list(lua_State *L, int index, int least, int *count) {
   luaL_checktype(L, index, LUA_TTABLE);
   *count = (int)lua_rawlen(L, index);
-  orepa_tensor **tensors = lua_newuserdatauv(L, (size_t)*count * sizeof *tensors + 1, 0);
+  size_t size = (size_t)(*count > least ? *count : least) * sizeof(orepa_tensor *);
+  orepa_tensor **tensors = memset(lua_newuserdatauv(L, size + 1, 0), 0, size);
   for (int k = 0; k < *count; k++) {
     lua_rawgeti(L, index, k + 1);
     tensors[k] = bind_test_tensor(L, -1);
@@ -31,7 +35,9 @@ static double *number_list(lua_State *L, int index, int count) {
 static int l_sgd_step(lua_State *L) {
   static const char *const known[] = {"momentum", "nesterov", NULL};
   int count, gradients, velocities;
-  orepa_tensor **p = tensor_list(L, 1, &count), **g = tensor_list(L, 2, &gradients), **v = tensor_list(L, 3, &velocities);
+  lua_settop(L, 6); /* lists are pushed above the options */
+  orepa_tensor **p = tensor_list(L, 1, 0, &count), **g = tensor_list(L, 2, 0, &gradients);
+  orepa_tensor **v = tensor_list(L, 3, count, &velocities);
   double *rates = number_list(L, 4, count), *decays = number_list(L, 5, count);
   int options = bind_options(L, 6, "sgd_step", known);
   orepa_sgd_options o = {bind_option_number(L, options, "momentum", 0), bind_option_boolean(L, options, "nesterov", false)};
@@ -44,7 +50,7 @@ static int l_sgd_step(lua_State *L) {
 
 static int l_square_sums(lua_State *L) {
   int count;
-  orepa_tensor **tensors = tensor_list(L, 1, &count);
+  orepa_tensor **tensors = tensor_list(L, 1, 0, &count);
   BIND_RETURN(L, orepa_square_sums(count, tensors));
 }
 

@@ -16,7 +16,7 @@ static orepa_tree **new_tree(lua_State *L) {
 
 static orepa_tree *check_tree(lua_State *L, int index) {
   orepa_tree **handle = luaL_testudata(L, index, BIND_TREE);
-  if (!handle)
+  if (!handle || !*handle)
     bind_error(L, "argument %d: a tree expected, got %s", index, luaL_typename(L, index));
   return *handle;
 }
@@ -54,6 +54,24 @@ static void pair_argument(lua_State *L, int index, int64_t pair[2]) {
   }
 }
 
+static orepa_leaf_kind leaf_kind(lua_State *L, int options) {
+  const char *kind = bind_option(L, options, "kind") ? lua_tostring(L, -1) : "parameter";
+  if (kind && !strcmp(kind, "parameter"))
+    return OREPA_LEAF_PARAMETER;
+  if (kind && !strcmp(kind, "pattern"))
+    return OREPA_LEAF_PATTERN;
+  if (!kind || strcmp(kind, "identity"))
+    bind_error(L, "leaf: option 'kind': there are parameter, pattern and identity");
+  return OREPA_LEAF_IDENTITY;
+}
+
+/* Slots are counted from 1 in Lua, from 0 in the engine, where an int holds them. */
+static int slot_of(lua_State *L, int64_t slot) {
+  if (slot < 0 || slot > INT32_MAX)
+    bind_error(L, "there is no slot %I", (lua_Integer)slot);
+  return (int)slot - 1;
+}
+
 static int l_leaf(lua_State *L) {
   static const char *const known[] = {"kind", "slot", "input", "output", "groups", "kernel", "plus_identity", "interleave",
                                       NULL};
@@ -61,23 +79,21 @@ static int l_leaf(lua_State *L) {
   int options = bind_options(L, 1, "leaf", known);
   if (!options)
     return bind_error(L, "leaf: options expected");
-  orepa_leaf leaf = {.slot = (int)bind_option_integer(L, options, "slot", 0) - 1,
+  orepa_leaf leaf = {.slot = slot_of(L, bind_option_integer(L, options, "slot", 0)),
                      .in = bind_option_integer(L, options, "input", 0),
                      .out = bind_option_integer(L, options, "output", 0),
                      .groups = bind_option_integer(L, options, "groups", 1),
                      .plus_identity = bind_option_boolean(L, options, "plus_identity", false),
                      .interleave = bind_option_boolean(L, options, "interleave", false)};
   bind_option_pair(L, options, "kernel", one, leaf.kernel);
-  const char *kind = bind_option(L, options, "kind") ? lua_tostring(L, -1) : "parameter";
-  leaf.kind = !strcmp(kind, "pattern")    ? OREPA_LEAF_PATTERN
-              : !strcmp(kind, "identity") ? OREPA_LEAF_IDENTITY
-                                          : OREPA_LEAF_PARAMETER;
+  leaf.kind = leaf_kind(L, options);
   orepa_tree **handle = new_tree(L);
   *handle = orepa_tree_leaf(&leaf);
   return *handle ? 1 : bind_fail(L);
 }
 
 static int l_chain(lua_State *L) {
+  lua_settop(L, 3);
   orepa_tree *layers[MAX_CHILDREN], **handle = new_tree(L);
   int64_t groups = bind_integer(L, 2, "chain: the groups");
   bool correlate = lua_toboolean(L, 3);
@@ -88,7 +104,7 @@ static int l_chain(lua_State *L) {
 
 static int l_scale(lua_State *L) {
   orepa_tree *child = check_tree(L, 1), **handle = new_tree(L);
-  int slot = (int)bind_integer(L, 2, "scale: the slot") - 1;
+  int slot = slot_of(L, bind_integer(L, 2, "scale: the slot"));
   int64_t row = bind_integer(L, 3, "scale: the row") - 1;
   *handle = orepa_tree_scale(orepa_tree_retain(child), slot, row);
   return *handle ? 1 : bind_fail(L);
@@ -128,7 +144,7 @@ static int l_squeeze(lua_State *L) {
 static int l_branch(lua_State *L) {
   int count;
   orepa_tree *tree = check_tree(L, 1);
-  int branch = (int)bind_integer(L, 2, "branch") - 1;
+  int branch = slot_of(L, bind_integer(L, 2, "branch"));
   orepa_tensor **slots = slot_list(L, 3, &count);
   BIND_RETURN(L, orepa_tree_branch(tree, branch, count, slots));
 }

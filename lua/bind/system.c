@@ -76,9 +76,10 @@ static int l_empty_cache(lua_State *L) {
 }
 
 static int l_set_threads(lua_State *L) {
-  if (orepa_set_threads((int)bind_integer(L, 1, "set_threads")))
-    return bind_fail(L);
-  return 0;
+  int64_t count = bind_integer(L, 1, "set_threads");
+  if (count != (int)count)
+    return bind_error(L, "set_threads: %I threads", (lua_Integer)count);
+  return orepa_set_threads((int)count) ? bind_fail(L) : 0;
 }
 
 static int l_threads(lua_State *L) {

@@ -77,7 +77,8 @@ static int l_tensor(lua_State *L) {
   int64_t shape[OREPA_MAX_RANK], count = 1;
   int rank = table_shape(L, 1, shape);
   for (int d = 0; d < rank; d++)
-    count *= shape[d];
+    if (__builtin_mul_overflow(count, shape[d], &count) || count > INT64_MAX / 16)
+      return bind_error(L, "tensor: the table has too many elements");
   /* The buffer is Lua's, so that an error on the way frees it. */
   element_buffer b = {.integers = kind.typed && !orepa_dtype_is_float(kind.dtype), .all_booleans = true};
   b.reals = lua_newuserdatauv(L, (size_t)count * sizeof(double) + 1, 0);
@@ -151,7 +152,7 @@ static int l_arange(lua_State *L) {
       return bind_error(L, "arange: argument %d: a number expected, got %s", k, luaL_typename(L, k));
   double first = numbers > 1 ? lua_tonumber(L, 1) : 1, last = lua_tonumber(L, numbers > 1 ? 2 : 1);
   double step = numbers > 2 ? lua_tonumber(L, 3) : 1;
-  if (!(step != 0) || (last - first) / step > 1e15)
+  if (step == 0 || !((last - first) / step <= 1e15)) /* NaN is neither */
     return bind_error(L, "arange: from %f to %f in steps of %f is no finite list", first, last, step);
   int64_t count = (last - first) / step >= 0 ? (int64_t)((last - first) / step + 1e-9) + 1 : 0;
   BIND_RETURN(L, orepa_arange(kind.dtype, kind.device, first, step, count));

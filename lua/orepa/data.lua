@@ -12,8 +12,11 @@ local data = {}
 -- images: uint8 or float32 (N, H, W) or (N, C, H, W); labels: integers (N).
 function data.images(o)
   o = options("data.images", o, { images = options.required, labels = options.required, classes = options.required })
+  for _, name in ipairs { "images", "labels" } do
+    if not core.is_tensor(o[name]) then core.fail(("data.images: %s: a tensor expected, got %s"):format(name, type(o[name]))) end
+  end
   if o.images.shape[1] ~= o.labels.shape[1] then
-    core.fail(("data.images: %d images and %d labels"):format(o.images.shape[1], o.labels.shape[1]))
+    core.fail(("data.images: %s images and %s labels"):format(o.images.shape[1], o.labels.shape[1]))
   end
   return { images = o.images, labels = o.labels, classes = o.classes, size = o.images.shape[1],
     channels = #o.images.shape == 4 and o.images.shape[2] or 1 }
@@ -34,6 +37,9 @@ function data.loader(o)
   o = options("data.loader", o, { dataset = options.required, batch_size = options.required, shuffle = false, seed = 0,
     augment = false, padding = 0, crop = options.optional, flip = false, mean = options.optional,
     deviation = options.optional, device = "cpu", drop_last = false })
+  if type(o.dataset) ~= "table" or not core.is_tensor(o.dataset.images) then
+    core.fail(("data.loader: dataset: what data.images gives expected, got %s"):format(type(o.dataset)))
+  end
   if math.type(o.batch_size) ~= "integer" or o.batch_size < 1 then
     core.fail(("data.loader: batch_size is %s, an integer of at least 1 expected"):format(tostring(o.batch_size)))
   end
@@ -78,5 +84,11 @@ document("data.loader", [[
   loader:epoch(n) iterates over (images, labels). What a sample gets depends on seed, epoch and its position in the dataset.
   > local d = data.images{images = orepa.zeros(4, 8, 8), labels = orepa.zeros({4}, {dtype = "int64"}), classes = 2}
   > for images, labels in data.loader{dataset = d, batch_size = 3, shuffle = true}:epoch(1) do assert(#images == #labels) end]])
+
+document("loader:epoch", [[
+  loader:epoch(n) -> iterator
+  Images and labels of each batch of epoch n, whose order and augmentation follow from the loader's seed and n.
+  > local d = data.images{images = orepa.zeros(4, 8, 8), labels = orepa.zeros({4}, {dtype = "int64"}), classes = 2}
+  > for images, labels in data.loader{dataset = d, batch_size = 3}:epoch(1) do assert(#images == #labels) end]])
 
 return data

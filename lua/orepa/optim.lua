@@ -38,10 +38,21 @@ local function as_groups(where, given)
     elseif type(item) ~= "table" or type(item.parameters) ~= "table" then
       core.fail(("%s: item %d is neither a parameter nor a group {parameters = {...}}"):format(where, k))
     end
+    for n, p in ipairs(item.parameters) do
+      if not core.is_tensor(p) then core.fail(("%s: parameter %d of group %d is a %s"):format(where, n, k, type(p))) end
+    end
     groups[k] = item
   end
   if #groups == 0 then core.fail(("%s: there is nothing to train"):format(where)) end
   return groups
+end
+
+local function check_numbers(where, o, names)
+  for _, name in ipairs(names) do
+    if type(o[name]) ~= "number" or o[name] ~= o[name] or o[name] < 0 then
+      core.fail(("%s: %s is %s, a number of at least 0 expected"):format(where, name, tostring(o[name])))
+    end
+  end
 end
 
 -- ---- SGD ----
@@ -51,6 +62,7 @@ SGD.__index = SGD
 
 function optim.SGD(given, o)
   o = options("SGD", o, { lr = options.required, momentum = 0, weight_decay = 0, nesterov = false })
+  check_numbers("SGD", o, { "lr", "momentum", "weight_decay" })
   if o.nesterov and o.momentum == 0 then core.fail("SGD: nesterov needs a momentum") end
   local self = setmetatable({ lr = o.lr, momentum = o.momentum, weight_decay = o.weight_decay, nesterov = o.nesterov,
     items = {} }, SGD)
@@ -119,6 +131,7 @@ end
 -- Linear from 0 over the first steps, then half a cosine down to 0. Steps count from 1.
 function optim.warmup_cosine(o)
   o = options("warmup_cosine", o, { lr = options.required, steps = options.required, warmup = 0 })
+  check_numbers("warmup_cosine", o, { "lr", "steps", "warmup" })
   return function(step)
     if step <= o.warmup then return o.lr * step / o.warmup end
     local progress = (step - o.warmup) / math.max(1, o.steps - o.warmup)
@@ -132,6 +145,22 @@ document("optim.SGD", [[
   opt:step() and opt:zero_grad(); opt.lr may be assigned; opt:active() lists what has a gradient; opt:gradient_norm() gives the
   norm of all gradients, and the name of the first parameter whose gradient is not finite.
   > local p = nn.Parameter(orepa.ones(2)); local opt = optim.SGD({p}, {lr = 0.1}); (p * p):sum():backward(); opt:step(); return p]])
+document("opt:step", [[
+  opt:step()
+  Changes all parameters that have a gradient.
+  > optim.SGD({nn.Parameter(orepa.ones(2))}, {lr = 0.1}):step()]])
+document("opt:zero_grad", [[
+  opt:zero_grad()
+  Takes all gradients away.
+  > optim.SGD({nn.Parameter(orepa.ones(2))}, {lr = 0.1}):zero_grad()]])
+document("opt:active", [[
+  opt:active() -> list
+  {name=, gradient=} of the parameters that have a gradient.
+  > #optim.SGD({nn.Parameter(orepa.ones(2))}, {lr = 0.1}):active()]])
+document("opt:gradient_norm", [[
+  opt:gradient_norm() -> number, name
+  The norm of all gradients together; if it is not finite, the name of the first parameter whose gradient is not.
+  > optim.SGD({nn.Parameter(orepa.ones(2))}, {lr = 0.1}):gradient_norm()]])
 document("optim.param_groups", [[
   optim.param_groups(net, rule) -> groups
   One group for each parameter; rule(name, p) gives {rate_factor=, decay_factor=}. By default the reference's: no decay for

@@ -1,5 +1,5 @@
--- options(where, given, known): checks named options. `known` maps each name to its default, or to options.required or options.optional; an unknown
--- or missing one is an error that names it. Gives a new table with defaults filled in.
+-- options(where, given, known): checks named options. `known` maps each name to its default, or to options.required or
+-- options.optional; an unknown or missing one is an error that names it. Gives a new table with defaults filled in.
 
 local core = require "orepa.core"
 
@@ -9,7 +9,7 @@ local function names(known)
   local list = {}
   for name in pairs(known) do list[#list + 1] = name end
   table.sort(list)
-  return table.concat(list, " ")
+  return list
 end
 
 return setmetatable(options, { __call = function(_, where, given, known)
@@ -20,11 +20,12 @@ return setmetatable(options, { __call = function(_, where, given, known)
   local result = {}
   for name, value in pairs(given) do
     if known[name] == nil then
-      core.fail(("%s: unknown option '%s' (there are %s)"):format(where, tostring(name), names(known)))
+      core.fail(("%s: unknown option '%s' (there are %s)"):format(where, tostring(name), table.concat(names(known), " ")))
     end
     result[name] = value
   end
-  for name, default in pairs(known) do
+  for _, name in ipairs(names(known)) do
+    local default = known[name]
     if result[name] == nil then
       if default == options.required then
         core.fail(("%s: option '%s' is missing"):format(where, name))

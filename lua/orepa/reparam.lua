@@ -91,8 +91,8 @@ end
 local Plan = {}
 Plan.__index = Plan
 
-function Plan:take(name, what)
-  need(not self.taken[name], self.where, "two %s are named '%s'", what, name)
+function Plan:take(name, what, where)
+  need(not self.taken[name], where, "two %s are named '%s'", what, name)
   self.taken[name] = true
 end
 
@@ -101,15 +101,15 @@ function Plan:next_slot()
   return self.slots
 end
 
-function Plan:parameter(name, shape, init)
-  self:take(name, "parameters")
+function Plan:parameter(name, shape, init, where)
+  self:take(name, "parameters", where)
   local slot = self:next_slot()
   self.parameters[#self.parameters + 1] = { name = name, shape = shape, init = init, slot = slot }
   return slot
 end
 
-function Plan:constant(name, build)
-  self:take(name, "constants")
+function Plan:constant(name, build, where)
+  self:take(name, "constants", where)
   local slot = self:next_slot()
   self.constants[#self.constants + 1] = { name = name, build = build, slot = slot }
   return slot
@@ -139,10 +139,10 @@ local function conv_leaf(plan, l, form, c, out, k, groups, name, default_init, w
   end
   local leaf = { kind = "parameter", input = c, output = out, groups = groups, kernel = k,
     plus_identity = l.plus_identity and true or false, interleave = form == "conv" and l.interleave and true or false }
-  leaf.slot = plan:parameter(name, shape, check_init(init, c, out, k, where))
+  leaf.slot = plan:parameter(name, shape, check_init(init, c, out, k, where), where)
   if type(l.plus_identity) == "string" then -- E stands in the tree; under a name it is in the state dict too
     local path = plan.path(l.plus_identity)
-    plan:take(path, "constants")
+    plan:take(path, "constants", where)
     plan.shown[#plan.shown + 1] = { name = path, build = function(kind)
       return tree.identity_kernel(shape[1], shape[2], k, kind)
     end }
@@ -150,11 +150,11 @@ local function conv_leaf(plan, l, form, c, out, k, groups, name, default_init, w
   return tree.leaf(leaf)
 end
 
-local function pattern_leaf(plan, form, c, k, path)
+local function pattern_leaf(plan, form, c, k, path, where)
   local slot = plan:constant(path, function(kind)
     if form == "prior" then return tree.prior(c, k, kind) end
     return core.full({ k[1], k[2] }, 1 / (k[1] * k[2]), kind)
-  end)
+  end, where)
   return tree.leaf { kind = "pattern", slot = slot, input = c, output = c, groups = c, kernel = k }
 end
 
@@ -196,7 +196,7 @@ local function build_layer(plan, l, s)
   elseif form == "identity" then
     return tree.leaf { kind = "identity", input = out, output = out, groups = out }, out, k
   elseif form == "average" or form == "prior" then
-    return pattern_leaf(plan, form, out, k, name or ("~%s%s.%d"):format(plan.root, s.branch, s.position)), out, k
+    return pattern_leaf(plan, form, out, k, name or ("~%s%s.%d"):format(plan.root, s.branch, s.position), where), out, k
   end
   return conv_leaf(plan, l, form, s.channels, out, k, groups,
     name or ("%s%s.conv%s.weight"):format(plan.root, s.branch, s.number), s.init, where), out, k
@@ -246,20 +246,21 @@ function build_sum(plan, d, input, out, kernel, root, where)
     need(type(name) == "string", where, "branch %d: its name is a %s", k, type(name))
     local s = { where = ("%s, branch '%s'"):format(where, name), branch = name, input = input, out = out,
       kernel = kernel, init = init }
-    chains[k], names[k] = build_branch(plan, b, s), name
     need(not names[name], s.where, "two branches have this name")
     names[name] = true
+    chains[k], names[k] = build_branch(plan, b, s), name
     if scaling ~= "none" and b.scale ~= false then
       need(b.scale == nil or type(b.scale) == "number", s.where, "scale: a number or false expected")
       rows[#rows + 1] = { branch = k, value = b.scale or 1 }
     end
   end
-  local spare = scaling == "none" and 0 or whole(d.spare_rows or 0, 0, where, "spare_rows")
+  local spare = whole(d.spare_rows or 0, 0, where, "spare_rows")
+  if scaling == "none" then spare = 0 end
   if #rows + spare > 0 then
     local values = {}
     for k, row in ipairs(rows) do values[k] = row.value end
     for k = 1, spare do values[#rows + k] = 0 end
-    local slot = plan:parameter(root .. "vector", { #values, scaling == "vector" and out or 1 }, { rows = values })
+    local slot = plan:parameter(root .. "vector", { #values, scaling == "vector" and out or 1 }, { rows = values }, where)
     for k, row in ipairs(rows) do chains[row.branch] = tree.scale(chains[row.branch], slot, k) end
   end
   return tree.sum(chains, plan.groups, kernel), names
@@ -267,10 +268,22 @@ end
 
 -- ---- the whole block ----
 
+-- The norm behind the sum, with all that it has in a state dict, and the bias.
+local function take_others(plan, o)
+  if o.bias then plan:take("bias", "things", plan.where) end
+  if not o.post_bn then return end
+  plan:take(o.post_bn, "things", plan.where)
+  for _, field in ipairs { "weight", "bias", "running_mean", "running_var", "num_batches_tracked" } do
+    plan:take(o.post_bn .. "." .. field, "things", plan.where)
+  end
+end
+
 function reparam.compile(o, where)
   local plan = setmetatable({ where = where, groups = o.groups, parameters = {}, constants = {}, shown = {}, taken = {},
     slots = 0 }, Plan)
   plan.tree, plan.branches = build_sum(plan, o, o.in_channels, o.out_channels, o.kernel_size, "", where)
+  need(plan.slots > 0, where, "it has nothing to train and no constant: identities alone are no block")
+  take_others(plan, o)
   return plan
 end
 

@@ -294,7 +294,7 @@ static device_status every_row(device_context *context, void (*row_pass)(const p
   if (!make_plan(context, &plan, windows, y, x))
     return DEVICE_FAILED;
   pool_element e = {.plan = &plan, .from = from->data, .into = into->data, .indices = indices ? indices->data : NULL};
-  int64_t rows = into->shape[0] * into->shape[2];
+  int64_t rows = plan.channels ? into->shape[0] * into->shape[2] : 0; /* without channels there is no memory */
 #pragma omp parallel for schedule(static) if (plan.images * plan.channels * plan.height * plan.width >= PARALLEL_FROM)
   for (int64_t r = 0; r < rows; r++)
     row_pass(&e, r);

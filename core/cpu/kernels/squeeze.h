@@ -109,13 +109,89 @@ static inline void turn_matrix(int64_t rows, int64_t columns, const float *from,
   }
 }
 
-/* The same for up to LANES rows, whose columns become vectors. */
+#if LANES >= 8
+/* Vectors a and b, seen as one row of 2 * LANES numbers: those at even places, and at odd places; and back. */
+#if LANES == 16
+#define EVEN_LANES 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ODD_LANES 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#define LOW_LANES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH_LANES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#else
+#define EVEN_LANES 0, 2, 4, 6, 8, 10, 12, 14
+#define ODD_LANES 1, 3, 5, 7, 9, 11, 13, 15
+#define LOW_LANES 0, 8, 1, 9, 2, 10, 3, 11
+#define HIGH_LANES 4, 12, 5, 13, 6, 14, 7, 15
+#endif
+
+/* LANES rows of eight numbers, one after the other, become eight vectors. In a number's place, channel above e, each round
+ * moves one bit of e from the bottom into the vector's number and one bit of the channel from there to the top. */
+static ALWAYS_INLINE void eights_to_lanes(const float *from, float *to) {
+  float_lanes v[8], next[8];
+#pragma GCC unroll 8
+  for (int k = 0; k < 8; k++)
+    v[k] = load_lanes(from, k * LANES, false);
+#pragma GCC unroll 3
+  for (int bit = 1; bit < 8; bit *= 2) {
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; k++)
+      next[k] = k & bit ? __builtin_shufflevector(v[k - bit], v[k], ODD_LANES)
+                        : __builtin_shufflevector(v[k], v[k + bit], EVEN_LANES);
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; k++)
+      v[k] = next[k];
+  }
+#pragma GCC unroll 8
+  for (int k = 0; k < 8; k++)
+    store_lanes(to, k * LANES, v[k], false);
+}
+
+static ALWAYS_INLINE void lanes_to_eights(const float *from, float *to) {
+  float_lanes v[8], next[8];
+#pragma GCC unroll 8
+  for (int k = 0; k < 8; k++)
+    v[k] = load_lanes(from, k * LANES, false);
+#pragma GCC unroll 3
+  for (int bit = 4; bit > 0; bit /= 2) {
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; k++)
+      next[k] = k & bit ? __builtin_shufflevector(v[k - bit], v[k], HIGH_LANES)
+                        : __builtin_shufflevector(v[k], v[k + bit], LOW_LANES);
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; k++)
+      v[k] = next[k];
+  }
+#pragma GCC unroll 8
+  for (int k = 0; k < 8; k++)
+    store_lanes(to, k * LANES, v[k], false);
+}
+#else
+static inline void eights_to_lanes(const float *from, float *to) {
+  turn_matrix(LANES, 8, from, 8, to, LANES);
+}
+static inline void lanes_to_eights(const float *from, float *to) {
+  turn_matrix(8, LANES, from, LANES, to, 8);
+}
+#endif
+
+/* Up to LANES rows of `inner` numbers become vectors that lie `to_ld` apart, filled up with zeros. */
 static inline void turn_to_lanes(int64_t channels, int64_t inner, const float *from, int64_t ld, float *to,
-                                   int64_t to_ld) {
+                                 int64_t to_ld) {
+  if (channels == LANES && inner == 8 && ld == 8 && to_ld == LANES) {
+    eights_to_lanes(from, to);
+    return;
+  }
   if (channels < LANES)
     for (int64_t e = 0; e < inner; e++)
       store_lanes(to, e * to_ld, (float_lanes){0}, false);
   turn_matrix(channels, inner, from, ld, to, to_ld);
+}
+
+/* `inner` vectors, one after the other, of which `channels` lanes count, become rows. */
+static inline void turn_from_lanes(int64_t channels, int64_t inner, const float *from, float *to) {
+  if (channels == LANES && inner == 8)
+    lanes_to_eights(from, to);
+  else
+    turn_matrix(inner, channels, from, LANES, to, inner);
 }
 
 /* y += scale * x, or = */

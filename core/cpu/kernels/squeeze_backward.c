@@ -149,7 +149,7 @@ static void depthwise_row_gradient(const squeezing *s, const squeeze_term *t, co
     if (wants_rows(t->term))
       sum += column_gradient(t, p, scale, strip_at(s, p, k, column, 0), deep + column * inner * t->taps * LANES);
     if (da)
-      turn_matrix(inner, channels, p->dpoint, LANES, da + at, inner);
+      turn_from_lanes(channels, inner, p->dpoint, da + at);
     if (t->partial)
       for (int64_t e = 0; e < inner; e++, scaled += LANES)
         store_lanes(scaled, 0, scale * load_lanes(p->point, e * LANES, false), false);

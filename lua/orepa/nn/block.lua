@@ -10,6 +10,8 @@ local reparam = require "orepa.reparam"
 local F, tree, internal = core.F, core.tree, module.internal
 local required, optional = options.required, options.optional
 
+local KEPT = {} -- the key of a block's folded kernel
+
 local ReparamBlock = module.Module:extend("ReparamBlock")
 ReparamBlock.library = true
 
@@ -23,6 +25,9 @@ local known = {
 
 local function merged(o, description)
   local all = {}
+  if type(o) ~= "table" or (description ~= nil and type(description) ~= "table") then
+    core.fail(("ReparamBlock: a table of options expected, got %s"):format(type(type(o) == "table" and description or o)))
+  end
   for key, value in pairs(description or {}) do all[key] = value end
   for key, value in pairs(o) do all[key] = value end
   return all
@@ -33,6 +38,19 @@ local function one_of(value, list, where, name)
     if value == other then return end
   end
   core.fail(("%s: %s is '%s'; there are %s"):format(where, name, tostring(value), table.concat(list, ", ")))
+end
+
+-- Options that are neither sizes nor words of a list.
+local function check_others(o, where)
+  local function need(condition, name, expected)
+    if not condition then core.fail(("%s: %s is %s, %s expected"):format(where, name, tostring(o[name]), expected)) end
+  end
+  local function is_name(value) return type(value) == "string" and value ~= "" end
+  need(type(o.eps) == "number" and o.eps > 0, "eps", "a positive number")
+  need(type(o.momentum) == "number", "momentum", "a number")
+  need(type(o.bias) == "boolean", "bias", "true or false")
+  need(type(o.post_bn) == "boolean" or is_name(o.post_bn), "post_bn", "true, false or a name")
+  need(is_name(o.deployed), "deployed", "a name")
 end
 
 local function checked(given, where)
@@ -46,6 +64,7 @@ local function checked(given, where)
   end
   one_of(o.act, { "none", "relu" }, where, "act")
   one_of(o.mode, { "online", "deploy" }, where, "mode")
+  check_others(o, where)
   if o.post_bn == true then o.post_bn = "bn" end
   if o.bias and o.post_bn then
     core.fail(("%s: a bias before a norm has no effect; bias = true goes with post_bn = false"):format(where))
@@ -53,18 +72,26 @@ local function checked(given, where)
   return o
 end
 
+-- A description's names must leave the block's own alone.
+local function check_name(self, name)
+  if self[name] ~= nil then core.fail(("%s: nothing can be named '%s', the block has that already"):format(self.kind, name)) end
+end
+
 local function add_constant(self, constant)
+  check_name(self, constant.name)
   self:register_buffer(constant.name, constant.build {}, { constant = true })
 end
 
 local function add_training_form(self, o, plan)
   for _, p in ipairs(plan.parameters) do
+    check_name(self, p.name)
     self[p.name] = internal.Parameter(reparam.initial(p))
   end
   for _, constant in ipairs(plan.constants) do add_constant(self, constant) end
   for _, constant in ipairs(plan.shown) do add_constant(self, constant) end
   if o.bias then self.bias = internal.Parameter(core.zeros(o.out_channels)) end
   if o.post_bn then
+    check_name(self, o.post_bn)
     self[o.post_bn] = layers.BatchNorm2d { num_features = o.out_channels, eps = o.eps, momentum = o.momentum }
   end
 end
@@ -146,29 +173,35 @@ local function folded(self)
     else
       bias = core.zeros({ o.out_channels }, { dtype = "float64", device = weight.device })
     end
-    local dtype = self[self.plan.parameters[1].name].dtype
+    local dtype = slots(self)[1].dtype
     return weight:to(dtype), bias:to(dtype)
   end)
 end
 
--- Everything that the folded kernel depends on, as one string: versions grow with every write.
+-- Everything that the folded kernel depends on: the tensors, and their versions, which grow with every write.
 local function fold_key(self)
-  local parts = {}
-  for _, t in ipairs(slots(self)) do parts[#parts + 1] = t:version() end
+  local key = slots(self)
   local norm = self.options.post_bn and self[self.options.post_bn]
   if norm then
-    for _, name in ipairs { "weight", "bias", "running_mean", "running_var" } do
-      parts[#parts + 1] = norm[name]:version()
-    end
+    for _, name in ipairs { "weight", "bias", "running_mean", "running_var" } do key[#key + 1] = norm[name] end
   end
-  if self.options.bias then parts[#parts + 1] = self.bias:version() end
-  return table.concat(parts, " ")
+  if self.options.bias then key[#key + 1] = self.bias end
+  for k = 1, #key do key[#key + 1] = key[k]:version() end
+  return key
+end
+
+local function same_key(a, b)
+  if #a ~= #b then return false end
+  for k, value in ipairs(a) do
+    if value ~= b[k] then return false end
+  end
+  return true
 end
 
 -- The folded kernel may be kept only where no gradient can be asked of it and the norm's statistics stand still.
 local function may_fold(self)
   local norm = self.options.post_bn and self[self.options.post_bn]
-  if self.training or (norm and norm.training) or not internal.no_hooks() then return false end
+  if self.training or (norm and (norm.training or not norm.running_var)) or not internal.no_hooks() then return false end
   if not core.is_grad_enabled() then return true end
   for _, p in ipairs(self:parameters()) do
     if p.requires_grad then return false end
@@ -178,17 +211,17 @@ end
 
 local function kept_fold(self)
   local key = fold_key(self)
-  local kept = rawget(self, "kept")
-  if not kept or kept.key ~= key then
+  local kept = rawget(self, KEPT)
+  if not kept or not same_key(kept.key, key) then
     local weight, bias = folded(self)
     kept = { key = key, weight = weight, bias = bias }
-    rawset(self, "kept", kept)
+    rawset(self, KEPT, kept)
   end
   return kept.weight, kept.bias
 end
 
 function ReparamBlock:changed()
-  rawset(self, "kept", nil)
+  rawset(self, KEPT, nil)
 end
 
 -- ---- forward ----
@@ -276,5 +309,18 @@ document("nn.ReparamBlock", [[
   > local L = orepa.reparam
   > return nn.ReparamBlock{in_channels = 4, out_channels = 8, kernel_size = 3, act = "relu", branches = {
   >   {name = "plain", L.conv{3}}, {name = "smooth", scale = 0.5, L.conv{1}, L.average{3}}}}(orepa.ones(1, 4, 6, 6))]])
+
+document("b:squeezed_weight", [[
+  b:squeezed_weight() -> tensor
+  The one kernel of a block's branches, with gradients.
+  > nn.OREPA{in_channels = 2, out_channels = 4, kernel_size = 3}:squeezed_weight()]])
+document("b:branch_weights", [[
+  b:branch_weights() -> table
+  From a branch's name to the kernel that it adds to the squeezed one.
+  > nn.OREPA{in_channels = 2, out_channels = 4, kernel_size = 3}:branch_weights().origin]])
+document("b:set_fused", [[
+  b:set_fused(on) -> b
+  Whether squeezing uses the engine's fused pass, where it has one (as at first), or composes leaf by leaf: equal to rounding.
+  > nn.OREPA{in_channels = 2, out_channels = 4, kernel_size = 3}:set_fused(false)]])
 
 return { ReparamBlock = ReparamBlock }

@@ -25,12 +25,16 @@ function ModuleList:add(child)
   return self
 end
 
+-- A class that extends a list may have fields too.
 function ModuleList:each(visit)
   for k, child in ipairs(self) do visit(tostring(k - 1), child, "module") end
+  Module.each(self, visit)
 end
 
 function ModuleList:set_child(name, child)
-  rawset(self, math.tointeger(name) + 1, child)
+  local k = tonumber(name)
+  if not k then return Module.set_child(self, name, child) end
+  rawset(self, math.tointeger(k) + 1, child)
 end
 
 -- ---- Sequential ----
@@ -39,7 +43,7 @@ local Sequential = ModuleList:extend("Sequential")
 Sequential.library = true
 
 function Sequential:init(...)
-  for _, child in ipairs { ... } do self:add(child) end
+  for k = 1, select("#", ...) do self:add((select(k, ...))) end -- a nil in between is an error
 end
 
 -- The handle of an intermediate goes as soon as the next layer has taken it, where nobody else can have kept it.
@@ -74,6 +78,10 @@ document("nn.ModuleList", [[
   nn.ModuleList{modules...} -> module
   A list of modules, indexed from 1, named from 0; `list:add(m)` appends.
   > nn.ModuleList{nn.ReLU(), nn.ReLU()}]])
+document("list:add", [[
+  list:add(module) -> list
+  Appends a module to an nn.ModuleList or nn.Sequential.
+  > nn.Sequential():add(nn.ReLU())]])
 document("nn.Sequential", [[
   nn.Sequential(modules...) -> module
   Applies modules one after another; `seq:add(m)` appends.

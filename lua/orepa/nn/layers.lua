@@ -3,6 +3,7 @@
 local core = require "orepa.core"
 local document = require "orepa.document"
 local options = require "orepa.options"
+local whole, sizes = require("orepa.reparam").check.whole, require("orepa.reparam").check.pair
 local module = require "orepa.nn.module"
 local F, Module, Parameter = core.F, module.Module, module.internal.Parameter
 local required = options.required
@@ -32,8 +33,10 @@ local Conv2d = layer "Conv2d"
 function Conv2d:init(o)
   o = options("Conv2d", o, { in_channels = required, out_channels = required, kernel_size = required, stride = 1,
     padding = 0, dilation = 1, groups = 1, bias = true })
-  local kh, kw = o.kernel_size, o.kernel_size
-  if type(kh) == "table" then kh, kw = kh[1], kh[2] end
+  for _, name in ipairs { "in_channels", "out_channels", "groups" } do o[name] = whole(o[name], 1, "Conv2d", name) end
+  for _, name in ipairs { "kernel_size", "stride", "dilation" } do o[name] = sizes(o[name], 1, "Conv2d", name) end
+  o.padding = sizes(o.padding, 0, "Conv2d", "padding")
+  local kh, kw = o.kernel_size[1], o.kernel_size[2]
   if o.in_channels % o.groups ~= 0 or o.out_channels % o.groups ~= 0 then
     core.fail(("Conv2d: %d groups don't divide %d -> %d channels"):format(o.groups, o.in_channels, o.out_channels))
   end
@@ -60,6 +63,7 @@ local Linear = layer "Linear"
 
 function Linear:init(o)
   o = options("Linear", o, { in_features = required, out_features = required, bias = true })
+  for _, name in ipairs { "in_features", "out_features" } do o[name] = whole(o[name], 1, "Linear", name) end
   local bound = 1 / math.sqrt(o.in_features)
   self.weight = Parameter(uniform({ o.out_features, o.in_features }, bound))
   if o.bias then self.bias = Parameter(uniform({ o.out_features }, bound)) end
@@ -82,7 +86,7 @@ function BatchNorm2d:init(o)
   if type(o) == "number" then o = { num_features = o } end
   o = options("BatchNorm2d", o, { num_features = required, eps = 1e-5, momentum = 0.1, affine = true,
     track_running_stats = true })
-  local c = o.num_features
+  local c = whole(o.num_features, 1, "BatchNorm2d", "num_features")
   if o.affine then
     self.weight = Parameter(core.ones(c))
     self.bias = Parameter(core.zeros(c))
@@ -163,6 +167,10 @@ document("nn.BatchNorm2d", [[
   nn.BatchNorm2d{num_features=, eps=, momentum=, affine=, track_running_stats=} -> module
   Normalises each channel; nn.BatchNorm2d(8) names the channels alone.
   > nn.BatchNorm2d(8)(orepa.randn(2, 8, 4, 4))]])
+document("norm:fold", [[
+  norm:fold() -> scale, shift
+  With what an nn.BatchNorm2d multiplies and adds in evaluation, a float64 number for each channel.
+  > nn.BatchNorm2d(8):fold()]])
 document("nn.ReLU", [[
   nn.ReLU() -> module
   F.relu as a layer.

@@ -231,10 +231,10 @@ end
 function Module:changed() end
 
 function Module:to(kind)
-  local place = pcall(function() return core.zeros({ 0 }, { device = kind }) end)
+  local moved = core.zeros({ 0 }):to(kind) -- an error if it is neither a type nor a device
   for _, module in self:named_modules() do
     module:each(function(_, value, what)
-      if what ~= "module" and (place or value.dtype:find "float") then value:move_(kind) end
+      if what ~= "module" then value:move_(value.dtype:find "float" and kind or moved.device) end
     end)
     module:changed()
   end
@@ -248,13 +248,14 @@ end
 function Module:deploy()
   local blocks = {}
   for _, module in self:named_modules() do
-    if module ~= self and rawget(getmetatable(module).__index, "deploy") then blocks[#blocks + 1] = module end
+    if module ~= self and module.deploy ~= Module.deploy then blocks[#blocks + 1] = module end
   end
   for _, block in ipairs(blocks) do block:deploy() end
   return self:eval()
 end
 
 function Module:register_forward_hook(f)
+  if type(f) ~= "function" then core.fail(("register_forward_hook: a function expected, got %s"):format(type(f))) end
   if not rawget(self, HOOKS) then rawset(self, HOOKS, {}) end
   local list = self[HOOKS]
   list[#list + 1] = f
@@ -307,6 +308,7 @@ local function load_constant(entry, t)
 end
 
 local function shape_text(t)
+  if not core.is_tensor(t) then return "a " .. type(t) end
   return #t.shape == 0 and "scalar" or table.concat(t.shape, "x")
 end
 
@@ -333,6 +335,9 @@ local function add_list(text, title, list)
 end
 
 function Module:load_state_dict(tensors, options)
+  if type(tensors) ~= "table" then
+    core.fail(("load_state_dict: a table of tensors expected, got %s"):format(type(tensors)))
+  end
   local strict = not options or options.strict ~= false
   local entries = state_entries(self)
   local missing, unexpected, wrong = compare(entries, tensors)
@@ -404,6 +409,51 @@ document("nn.Module", [[
   nn.Module:extend(name) -> class
   A class of modules. `init` gets the constructor's arguments and assigns fields; `forward` computes.
   > local Twice = nn.Module:extend("Twice"); function Twice:forward(x) return x * 2 end; return Twice()(orepa.ones(2))]])
+
+local small = "nn.Sequential(nn.Linear{in_features = 2, out_features = 2}, nn.ReLU())"
+for name, text in pairs {
+  init = { "m:init(...)", "What a class does with its constructor's arguments: it assigns fields.",
+    'local M = nn.Module:extend("M"); function M:init(n) self.n = n end; return M(3).n' },
+  forward = { "m:forward(...) -> ...", "What a class computes; m(...) calls it, and forward hooks after it.",
+    "SMALL:forward(orepa.ones(1, 2))" },
+  parameters = { "m:parameters() -> list", "The parameters, each once, in order of assignment.", "#SMALL:parameters()" },
+  named_parameters = { "m:named_parameters() -> iterator", "Path and tensor of each parameter.",
+    "for name, p in SMALL:named_parameters() do assert(name and p.requires_grad) end" },
+  named_buffers = { "m:named_buffers() -> iterator", "Path and tensor of each buffer, constants left out.",
+    "for name, b in nn.BatchNorm2d(2):named_buffers() do assert(name and b) end" },
+  named_modules = { "m:named_modules() -> iterator", "Path and module of m itself (path \"\") and of all below, each once.",
+    "for path, m in SMALL:named_modules() do assert(path and m) end" },
+  each = { "m:each(visit)", "Calls visit(name, value, kind) for the fields of this module alone; kind is \"module\", "
+    .. "\"parameter\" or \"buffer\".", "SMALL:each(print)" },
+  register_buffer = { "m:register_buffer(name, t, {constant=})", "A tensor that is saved and moved, not trained. A constant "
+    .. "follows from the definition and is saved only if a file replaced it.", 'SMALL:register_buffer("seen", orepa.zeros(1))' },
+  get = { "m:get(path) -> module or tensor", "What is at a path: a module, a parameter or a buffer.", 'SMALL:get "0.weight"' },
+  replace = { "m:replace(path, module) -> m", "Puts another module at a path.", 'SMALL:replace("1", nn.ReLU())' },
+  set_child = { "m:set_child(name, module)", "How `replace` writes a child; containers have their own.",
+    'SMALL:set_child("1", nn.ReLU())' },
+  remove = { "m:remove(name)", "Takes a field away: a parameter, a buffer or a module.", 'SMALL:get("0"):remove "bias"' },
+  train = { "m:train(on) -> m", "Puts all modules into training mode; false: into evaluation mode.", "SMALL:train()" },
+  eval = { "m:eval() -> m", "Puts all modules into evaluation mode.", "SMALL:eval()" },
+  changed = { "m:changed()", "Called when mode, place or weights were changed from outside; blocks drop what they kept.",
+    "SMALL:changed()" },
+  to = { "m:to(type or device) -> m", "Converts or moves parameters and buffers in place; a type goes to floats alone.",
+    'SMALL:to "float64"' },
+  zero_grad = { "m:zero_grad()", "Takes all gradients away.", "SMALL:zero_grad()" },
+  deploy = { "m:deploy() -> m", "Every block becomes one convolution with bias, in evaluation mode; twice changes nothing.",
+    "nn.OREPA{in_channels = 2, out_channels = 2, kernel_size = 3}:deploy()" },
+  register_forward_hook = { "m:register_forward_hook(f) -> hook", "Calls f(m, inputs, outputs...) after each forward until "
+    .. "hook.remove().", "SMALL:register_forward_hook(function(m, inputs, y) print(y) end).remove()" },
+  state_dict = { "m:state_dict({constants=}) -> tensors, names", "All that is saved: a table from paths to tensors, and the "
+    .. "paths in order.", "SMALL:state_dict()" },
+  load_state_dict = { "m:load_state_dict(tensors, {strict=}) -> missing, unexpected", "Writes tensors into the module's own. A "
+    .. "wrong shape is always an error, a missing or unexpected name if strict (the default).",
+    "SMALL:load_state_dict({}, {strict = false})" },
+  extra = { "m:extra() -> string", "What a module says of itself in print, beside its name.", "nn.BatchNorm2d(8):extra()" },
+  describe = { "m:describe(indent) -> string", "The module as a tree with counts of parameters; tostring(m) calls it.",
+    "SMALL:describe()" },
+} do
+  document("m:" .. name, ("%s\n%s\n> %s"):format(text[1], text[2], (text[3]:gsub("SMALL", (small:gsub("%%", "%%%%"))))))
+end
 
 Module[Instance] = {}
 return { Module = Module, internal = internal }

@@ -13,22 +13,32 @@ local function block(kind, o, description)
   return ReparamBlock(o, description)
 end
 
+local function check_table(kind, o)
+  if type(o) ~= "table" then core.fail(("%s: a table of options expected, got %s"):format(kind, type(o))) end
+end
+
 local function only(kind, o, name, value)
+  check_table(kind, o)
   if o[name] ~= nil and o[name] ~= value then
     core.fail(("%s: %s is %s, this block has %s"):format(kind, name, tostring(o[name]), tostring(value)))
   end
 end
 
+local LARGEST = 513 -- a chain of the engine has at most 256 layers
+
 -- A kernel size that must be given, as a number.
 local function odd_kernel(kind, o, least)
+  check_table(kind, o)
   local k = math.tointeger(o.kernel_size)
-  if not k or k % 2 == 0 or k < least then
-    core.fail(("%s: kernel_size is %s, an odd number of at least %d expected"):format(kind, tostring(o.kernel_size), least))
+  if not k or k % 2 == 0 or k < least or k > LARGEST then
+    core.fail(("%s: kernel_size is %s, an odd number of at least %d (and at most %d) expected"):format(kind,
+      tostring(o.kernel_size), least, LARGEST))
   end
   return k
 end
 
 function nn.ConvBN(o)
+  check_table("ConvBN", o)
   return block("ConvBN", o, { scaling = "none", deployed = "conv", branches = {
     { name = "conv", L.conv { o.kernel_size, name = "conv.weight" } } } })
 end
@@ -40,7 +50,7 @@ local function body(o, k, p)
     { name = "avg", scale = 0.25, L.conv { 1, name = p .. "avg_conv" }, L.average { k, name = p .. "avg_avg" } },
     { name = "pfir", scale = 0, L.conv { 1, name = p .. "pfir_conv" }, L.prior { k, name = p .. "prior" } },
     { name = "1x1_kxk", scale = 0.5,
-      L.conv { 1, expand = (o.groups or 1) > 4 and 2 or 1, plus_identity = "id_tensor", name = p .. "1x1_kxk_idconv1" },
+      L.conv { 1, expand = (math.tointeger(o.groups) or 1) > 4 and 2 or 1, plus_identity = "id_tensor", name = p .. "1x1_kxk_idconv1" },
       L.conv { k, name = p .. "1x1_kxk_conv2" } },
     { name = "1x1", scale = 1, L.conv { 1, name = p .. "1x1" } },
     { name = "dw_pw", scale = 0.5, L.depthwise { k, expand = 8, name = p .. "gconv_dw" },
@@ -48,16 +58,15 @@ local function body(o, k, p)
 end
 
 function nn.OREPA(o)
+  check_table("OREPA", o)
   return block("OREPA", o, body(o, o.kernel_size, "weight_orepa_"))
 end
 
 function nn.OREPA1x1(o)
-  local kind, I, O, p = "OREPA1x1", o.in_channels, o.out_channels, "weight_or1x1_"
+  local kind, p = "OREPA1x1", "weight_or1x1_"
   only(kind, o, "kernel_size", 1)
   only(kind, o, "groups", 1)
-  if not (math.tointeger(I) and math.tointeger(O)) then
-    core.fail("OREPA1x1: in_channels and out_channels must be integers")
-  end
+  local I, O = math.tointeger(o.in_channels) or 1, math.tointeger(o.out_channels) or 1 -- ReparamBlock checks them
   return block(kind, o, { kernel_size = 1, init = { kaiming = 1 }, deployed = "or1x1_reparam", branches = {
     { name = "origin", scale = 1, L.conv { 1, name = p .. "origin" } },
     { name = "l2i", scale = 0.5,
