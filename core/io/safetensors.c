@@ -152,6 +152,9 @@ static json_t *parse(const file_reader *file, const char *text, size_t length) {
   char printed[QUOTED_BYTES];
   if (json)
     return json;
+  for (char *c = error.text; *c; c++)
+    if (*c & 0x80)
+      *c = '?'; /* it may end in the middle of a character */
   if (!error.text[0] || json_error_code(&error) == json_error_out_of_memory)
     error_out_of_memory("%s: out of memory: no room for a header of %zu bytes", file->path, length);
   else

@@ -137,8 +137,8 @@ function train.fit(given)
     loss = function(logits, labels) return F.cross_entropy(logits, labels) end, log = io.stdout })
   o.terminal = o.log == io.stdout and core.is_terminal() and not os.getenv "NO_PROGRESS"
   local history, steps = {}, 0
+  if not o.net.training then o.net:train() end -- else each module keeps its own mode, such as that of a frozen norm
   for epoch = 1, o.epochs do
-    o.net:train()
     local result, taken, title = one_epoch(o, epoch, steps)
     steps = steps + taken
     result.epoch, result.rate = epoch, o.optimizer.lr

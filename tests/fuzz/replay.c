@@ -73,6 +73,12 @@ static void on_free(const volatile void *memory) {
   (void)memory;
 }
 
+/* The undefined-behaviour sanitizer's end is then a signal as well. */
+__attribute__((visibility("default"))) const char *__ubsan_default_options(void);
+const char *__ubsan_default_options(void) {
+  return "abort_on_error=1:print_stacktrace=1";
+}
+
 static void watch(void) {
   signal(SIGABRT, on_signal);
   if (__sanitizer_set_death_callback) {

@@ -45,12 +45,13 @@ end
 
 -- The OREPA block's branches; p is the prefix of the names.
 local function body(o, k, p)
+  local inner = (math.tointeger(o.groups) or 1) > 4 and 2 or 1
   return { deployed = "orepa_reparam", init = { kaiming = 0 }, branches = {
     { name = "origin", scale = 0.25, L.conv { k, name = p .. "origin" } },
     { name = "avg", scale = 0.25, L.conv { 1, name = p .. "avg_conv" }, L.average { k, name = p .. "avg_avg" } },
     { name = "pfir", scale = 0, L.conv { 1, name = p .. "pfir_conv" }, L.prior { k, name = p .. "prior" } },
     { name = "1x1_kxk", scale = 0.5,
-      L.conv { 1, expand = (math.tointeger(o.groups) or 1) > 4 and 2 or 1, plus_identity = "id_tensor", name = p .. "1x1_kxk_idconv1" },
+      L.conv { 1, expand = inner, plus_identity = "id_tensor", name = p .. "1x1_kxk_idconv1" },
       L.conv { k, name = p .. "1x1_kxk_conv2" } },
     { name = "1x1", scale = 1, L.conv { 1, name = p .. "1x1" } },
     { name = "dw_pw", scale = 0.5, L.depthwise { k, expand = 8, name = p .. "gconv_dw" },
