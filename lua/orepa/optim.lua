@@ -65,62 +65,43 @@ function optim.SGD(given, o)
   check_numbers("SGD", o, { "lr", "momentum", "weight_decay" })
   if o.nesterov and o.momentum == 0 then core.fail("SGD: nesterov needs a momentum") end
   local self = setmetatable({ lr = o.lr, momentum = o.momentum, weight_decay = o.weight_decay, nesterov = o.nesterov,
-    items = {} }, SGD)
+    parameters = {}, names = {}, velocities = {}, rate_factors = {}, decay_factors = {} }, SGD)
   for _, group in ipairs(as_groups("SGD", given)) do
     for k, p in ipairs(group.parameters) do
-      self.items[#self.items + 1] = { parameter = p, rate_factor = group.rate_factor or 1,
-        name = #group.parameters > 1 and ("%s[%d]"):format(group.name or "group", k) or group.name or "parameter",
-        decay_factor = group.decay_factor or 1 }
+      local n = #self.parameters + 1
+      self.parameters[n] = p
+      self.names[n] = #group.parameters > 1 and ("%s[%d]"):format(group.name or "group", k) or group.name or "parameter"
+      self.rate_factors[n], self.decay_factors[n] = group.rate_factor or 1, group.decay_factor or 1
     end
   end
   return self
 end
 
 function SGD:zero_grad()
-  for _, item in ipairs(self.items) do item.parameter.grad = nil end
+  for _, p in ipairs(self.parameters) do p.grad = nil end
 end
 
 local function check_deployed(self)
-  for _, item in ipairs(self.items) do
-    if internal.deployed_away[item.parameter] then
-      core.fail(("SGD: '%s' went when its block was deployed; make a new optimizer for the deployed network"):format(item.name))
+  for k, p in ipairs(self.parameters) do
+    if internal.deployed_away[p] then
+      core.fail(("SGD: '%s' went when its block was deployed; make a new optimizer for the deployed network"):format(
+        self.names[k]))
     end
   end
-end
-
--- The parameters that have a gradient, with names: what a step would change.
-function SGD:active()
-  local list = {}
-  for _, item in ipairs(self.items) do
-    local grad = item.parameter.grad
-    if grad then list[#list + 1] = { name = item.name, gradient = grad, item = item } end
-  end
-  return list
 end
 
 function SGD:step()
   check_deployed(self)
-  local parameters, gradients, velocities, rates, decays = {}, {}, {}, {}, {}
-  for k, active in ipairs(self:active()) do
-    local item = active.item
-    if self.momentum ~= 0 and not item.velocity then
-      item.velocity = core.zeros(item.parameter.shape, { dtype = item.parameter.dtype, device = item.parameter.device })
-    end
-    parameters[k], gradients[k], velocities[k] = item.parameter, active.gradient, item.velocity
-    rates[k], decays[k] = self.lr * item.rate_factor, self.weight_decay * item.decay_factor
-  end
-  core.sgd_step(parameters, gradients, velocities, rates, decays, { momentum = self.momentum, nesterov = self.nesterov })
+  core.sgd_step(self.parameters, self.velocities, self.rate_factors, self.decay_factors, { lr = self.lr,
+    weight_decay = self.weight_decay, momentum = self.momentum, nesterov = self.nesterov })
 end
 
 -- The norm of all gradients together, and the name of the first parameter whose gradient is not finite. One copy from the
 -- device.
 function SGD:gradient_norm()
-  local active, gradients = self:active(), {}
-  if #active == 0 then return 0 end
-  for k, entry in ipairs(active) do gradients[k] = entry.gradient end
   local total = 0
-  for k, sum in ipairs(core.square_sums(gradients):tolist()) do
-    if sum ~= sum or sum == math.huge then return sum, active[k].name end
+  for k, sum in ipairs(core.gradient_square_sums(self.parameters)) do
+    if sum ~= sum or sum == math.huge then return sum, self.names[k] end
     total = total + sum
   end
   return math.sqrt(total)
@@ -142,8 +123,8 @@ end
 document("optim.SGD", [[
   optim.SGD(groups, {lr=, momentum=, weight_decay=, nesterov=}) -> optimizer
   g = grad + weight_decay*p; v = momentum*v + g; p -= lr*v. `groups` is a list of parameters or what optim.param_groups gives.
-  opt:step() and opt:zero_grad(); opt.lr may be assigned; opt:active() lists what has a gradient; opt:gradient_norm() gives the
-  norm of all gradients, and the name of the first parameter whose gradient is not finite.
+  opt:step() and opt:zero_grad(); opt.lr may be assigned; opt:gradient_norm() gives the norm of all gradients, and the name of
+  the first parameter whose gradient is not finite.
   > local p = nn.Parameter(orepa.ones(2)); local opt = optim.SGD({p}, {lr = 0.1}); (p * p):sum():backward(); opt:step(); return p]])
 document("opt:step", [[
   opt:step()
@@ -153,10 +134,6 @@ document("opt:zero_grad", [[
   opt:zero_grad()
   Takes all gradients away.
   > optim.SGD({nn.Parameter(orepa.ones(2))}, {lr = 0.1}):zero_grad()]])
-document("opt:active", [[
-  opt:active() -> list
-  {name=, gradient=} of the parameters that have a gradient.
-  > #optim.SGD({nn.Parameter(orepa.ones(2))}, {lr = 0.1}):active()]])
 document("opt:gradient_norm", [[
   opt:gradient_norm() -> number, name
   The norm of all gradients together; if it is not finite, the name of the first parameter whose gradient is not.

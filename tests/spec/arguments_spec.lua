@@ -101,8 +101,10 @@ describe("inner functions", function()
 
   it("take no tensors of two devices", function()
     local here, there = orepa.ones(2), orepa.ones({ 2 }, { device = "ref" })
+    here:requires_grad_():sum():backward()
+    there:requires_grad_():sum():backward()
     for _, pair in ipairs { { here, there }, { there, here } } do
-      local ok, message = pcall(orepa.sgd_step, pair, pair, {}, { 1, 1 }, { 0, 0 })
+      local ok, message = pcall(orepa.sgd_step, pair, {}, { 1, 1 }, { 0, 0 }, { lr = 1 })
       assert.is_false(ok)
       assert.matches("on 'cpu'", message)
       ok, message = pcall(orepa.square_sums, pair)

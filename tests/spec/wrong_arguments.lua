@@ -143,7 +143,7 @@ local bases = {
   ["data.image_batch"] = function()
     return { orepa.rand(4, 3, 5, 6), orepa.zeros({ 2 }, { dtype = "int64" }), { mean = { 0, 0, 0 } } }
   end,
-  ["orepa.sgd_step"] = function() return { { orepa.ones(2) }, { orepa.ones(2) }, {}, { 1 }, { 0 }, {} } end,
+  ["orepa.sgd_step"] = function() return { { orepa.ones(2):requires_grad_() }, {}, { 1 }, { 0 }, {} } end,
   ["orepa.zeros"] = function() return { 2, 3, {} } end,
   ["orepa.arange"] = function() return { 5, {} } end,
   ["t:sum"] = function() return { orepa.rand(2, 3), 1, {} } end,

@@ -196,22 +196,6 @@ static void pack_product_rows(const squeezing *s, const squeeze_term *t, float *
     pack_columns_float(t->inner, PRODUCT_ROWS, smaller(PRODUCT_ROWS, rows - r), from + r, packed + r * t->inner);
 }
 
-/* Asks for part k of `parts` of what comes next while tiles are multiplied: the product's rows after `next`, and what the
- * other terms read for outputs from o on. */
-static ALWAYS_INLINE void fetch_ahead(const squeezing *s, const squeeze_term *product, int64_t next, int64_t o,
-                                      int64_t outputs, int64_t k, int64_t parts) {
-  int64_t left = s->groups * s->outputs * product->taps - next;
-  fetch_part((const float *)product->term->a.data + next * product->inner,
-             smaller(left, outputs * product->taps) * product->inner, k, parts);
-  for (int n = 0; n < s->count; n++) {
-    const squeeze_term *t = &s->terms[n];
-    if (t->term->kind == TERM_PRODUCT)
-      continue;
-    int64_t row = s->channels * (t->term->kind == TERM_KERNEL ? t->taps : t->term->kind == TERM_DEPTHWISE ? t->inner : 1);
-    fetch_part((const float *)t->term->a.data + o * row, outputs * row, k, parts);
-  }
-}
-
 static void multiply(const squeezing *s, const squeeze_term *t, bool add, float *w, int64_t group, int64_t o,
                      int64_t outputs, float *packed) {
   float tile[PRODUCT_ROWS * PRODUCT_MOST_COLUMNS] __attribute__((aligned(64)));
@@ -220,11 +204,9 @@ static void multiply(const squeezing *s, const squeeze_term *t, bool add, float 
   for (int64_t first = o * t->taps; first < end; first += PRODUCT_BLOCK) {
     product_row row[PRODUCT_BLOCK];
     int64_t rows = smaller(PRODUCT_BLOCK, end - first);
-    int64_t tiles = panels * divide_up(rows, PRODUCT_ROWS), tile_number = 0;
     pack_product_rows(s, t, w, first, rows, row, packed);
     for (int64_t j = 0; j < panels; j++)
       for (int64_t r = 0; r < rows; r += PRODUCT_ROWS) {
-        fetch_ahead(s, t, end, o, outputs, tile_number++, tiles);
         tile_float(t->inner, packed + r * t->inner, right + j * t->inner * width, tile);
         finish_tile(s, t, add, smaller(PRODUCT_ROWS, rows - r), row + r, j * width, tile);
       }

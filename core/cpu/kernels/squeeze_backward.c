@@ -340,14 +340,9 @@ static void product_rows_gradient(const squeezing *s, const squeeze_term *t, con
   for (int64_t first = o * t->taps; first < end && panels; first += PRODUCT_BLOCK) {
     product_row row[PRODUCT_BLOCK];
     int64_t rows = smaller(PRODUCT_BLOCK, end - first);
-    int64_t tiles = panels * divide_up(rows, PRODUCT_ROWS), tile_number = 0, next = first + rows;
-    int64_t left = smaller(PRODUCT_BLOCK, s->groups * s->outputs * t->taps - next) * t->inner;
     pack_dw_rows(s, t, dw, first, rows, row, packed);
     for (int64_t j = 0; j < panels; j++)
-      for (int64_t r = 0; r < rows; r += PRODUCT_ROWS, tile_number++) {
-        fetch_part((const float *)t->term->a.data + next * t->inner, left, tile_number, tiles);
-        if (t->term->da.data)
-          fetch_part((const float *)t->term->da.data + next * t->inner, left, tile_number, tiles);
+      for (int64_t r = 0; r < rows; r += PRODUCT_ROWS) {
         tile_float(s->channels, packed + r * s->channels, right + j * s->channels * width, tile);
         finish_tile(s, t, smaller(PRODUCT_ROWS, rows - r), row + r, j * width, tile);
       }
