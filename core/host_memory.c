@@ -3,13 +3,15 @@
 #define _GNU_SOURCE
 #include "host_memory.h"
 
+#include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
-enum { TEXT = 4096, ALIGNMENT = 64, LARGE = 4 << 20, HUGE_PAGE = 2 << 20, SPARE = 512 << 20 };
+enum { TEXT = 4096, ALIGNMENT = 64, LARGE = 4 << 20, HUGE_PAGE = 2 << 20, SLAB = 32 << 20, SPARE = 512 << 20 };
 
 /* ---- what is left ---- */
 
@@ -96,20 +98,110 @@ size_t host_available(const char *root) {
   return least > SPARE ? (size_t)(least - SPARE) : 0;
 }
 
-/* ---- blocks ---- */
+/* ---- blocks ----
+ *
+ * Large ones come from the system one by one. Smaller ones are cut from slabs, one behind the other, so that they lie on
+ * huge pages too: a network's parameters and gradients are some hundred small blocks, and a step walks through all of
+ * them. A freed block's pages go back at once, its addresses when its slab is empty; reuse is the business of the engine's
+ * allocator. Under the address sanitizer every block is malloc's, so that what lies beyond its end is known. */
+
+#ifdef MADV_HUGEPAGE
+static void want_huge_pages(void *memory, size_t bytes) {
+  madvise(memory, bytes, MADV_HUGEPAGE);
+}
+#else
+static void want_huge_pages(void *memory, size_t bytes) {
+  (void)memory, (void)bytes;
+}
+#endif
+
+static void *allocate_alone(size_t bytes) {
+  void *memory;
+  if (posix_memalign(&memory, bytes >= LARGE ? HUGE_PAGE : ALIGNMENT, bytes))
+    return NULL;
+  if (bytes >= LARGE)
+    want_huge_pages(memory, bytes);
+  return memory;
+}
+
+#ifdef __SANITIZE_ADDRESS__
+enum { CUT_BELOW = 0 };
+#else
+enum { CUT_BELOW = LARGE };
+#endif
+
+/* At the start of SLAB bytes that are aligned to their size. */
+typedef struct {
+  size_t used; /* bytes, this included */
+  size_t live; /* blocks */
+} slab;
+
+static struct {
+  pthread_mutex_t lock;
+  slab *current; /* the one that is cut */
+} slabs = {.lock = PTHREAD_MUTEX_INITIALIZER};
+
+static slab *slab_new(void) {
+  char *region = mmap(NULL, 2 * (size_t)SLAB, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (region == MAP_FAILED)
+    return NULL;
+  size_t before = (size_t)(-(uintptr_t)region % SLAB);
+  if (before)
+    munmap(region, before);
+  munmap(region + before + SLAB, SLAB - before);
+  want_huge_pages(region + before, SLAB);
+  slab *s = (slab *)(region + before);
+  s->used = ALIGNMENT;
+  return s;
+}
+
+static void *cut(size_t bytes) {
+  bytes = (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+  slab *s = slabs.current;
+  if (!s || s->used + bytes > SLAB) {
+    s = slab_new();
+    if (!s)
+      return NULL;
+    if (slabs.current && !slabs.current->live)
+      munmap(slabs.current, SLAB);
+    slabs.current = s;
+  }
+  void *memory = (char *)s + s->used;
+  s->used += bytes;
+  s->live++;
+  return memory;
+}
+
+static void give_back(char *memory, size_t bytes) {
+  slab *s = (slab *)((uintptr_t)memory / SLAB * SLAB);
+  size_t page = (size_t)sysconf(_SC_PAGESIZE), start = -(uintptr_t)memory % page;
+  if (--s->live == 0 && s != slabs.current)
+    munmap(s, SLAB);
+  else if (bytes >= start + page)
+    madvise(memory + start, (bytes - start) / page * page, MADV_DONTNEED);
+  if (s == slabs.current && s->live == 0)
+    s->used = ALIGNMENT;
+}
 
 void *host_allocate(size_t bytes) {
-  void *memory;
-  if (posix_memalign(&memory, bytes >= LARGE ? HUGE_PAGE : ALIGNMENT, bytes ? bytes : 1))
-    return NULL;
-#ifdef MADV_HUGEPAGE
-  if (bytes >= LARGE)
-    madvise(memory, bytes, MADV_HUGEPAGE);
-#endif
+  bytes = bytes ? bytes : 1;
+  if (bytes >= CUT_BELOW)
+    return allocate_alone(bytes);
+  pthread_mutex_lock(&slabs.lock);
+  void *memory = cut(bytes);
+  pthread_mutex_unlock(&slabs.lock);
   return memory;
 }
 
 void host_deallocate(void *memory, size_t bytes) {
-  (void)bytes;
-  free(memory);
+  bytes = bytes ? bytes : 1;
+  if (!memory)
+    return;
+  if (bytes >= CUT_BELOW) {
+    free(memory);
+    return;
+  }
+  pthread_mutex_lock(&slabs.lock);
+  give_back(memory, bytes);
+  pthread_mutex_unlock(&slabs.lock);
 }

@@ -251,6 +251,13 @@ typedef struct {
 
 /* Cross-correlation: x (N, I, H, W), weight (O, I/groups, KH, KW), bias (O) or NULL: (N, O, P, Q). */
 OREPA_API orepa_tensor *orepa_conv2d(orepa_tensor *x, orepa_tensor *weight, orepa_tensor *bias, const orepa_conv *conv);
+/* The taps of a kernel that meet the map at some output, for a map of `size`: rows first[0] ... last[0]-1, columns likewise.
+ * A 3x3 kernel with padding 1 has one of them on a map of 1x1. */
+typedef struct {
+  int64_t first[2], last[2];
+} orepa_taps;
+OREPA_API orepa_taps orepa_conv2d_taps(const orepa_conv *conv, const int64_t kernel[2], const int64_t size[2]);
+
 
 /* ---- norm -------------------------------------------------------------------------------------------------------- */
 

@@ -50,8 +50,9 @@ OREPA_API void orepa_tree_release(orepa_tree *tree); /* NULL is allowed */
 /* Whether sums of recognised shapes are squeezed in one fused pass where the device has one (true at first). Tests compare. */
 OREPA_API void orepa_tree_set_fast(orepa_tree *tree, bool fast);
 
-/* The squeezed kernel. slots: float32 or float64, all of one type and device; contiguous. */
-OREPA_API orepa_tensor *orepa_squeeze(orepa_tree *tree, int count, orepa_tensor *const *slots);
+/* The squeezed kernel. slots: float32 or float64, all of one type and device; contiguous. taps: those that will be used,
+ * NULL for all; others may be left zero, and their gradient must be. */
+OREPA_API orepa_tensor *orepa_squeeze(orepa_tree *tree, int count, orepa_tensor *const *slots, const orepa_taps *taps);
 /* The kernel that one branch of a sum adds: scaled and centred. No graph is recorded. */
 OREPA_API orepa_tensor *orepa_tree_branch(orepa_tree *sum, int branch, int count, orepa_tensor *const *slots);
 

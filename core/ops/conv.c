@@ -39,6 +39,20 @@ static int conv_shape(const orepa_tensor *x, const orepa_tensor *w, const orepa_
   return 0;
 }
 
+orepa_taps orepa_conv2d_taps(const orepa_conv *conv, const int64_t kernel[2], const int64_t size[2]) {
+  orepa_taps taps = {{0, 0}, {kernel[0], kernel[1]}};
+  for (int d = 0; d < 2; d++) {
+    int64_t step = conv->dilation[d], room = size[d] + 2 * conv->padding[d] - step * (kernel[d] - 1) - 1;
+    if (conv->stride[d] < 1 || step < 1 || room < 0)
+      continue; /* for conv2d to refuse */
+    int64_t last_start = room / conv->stride[d] * conv->stride[d] - conv->padding[d];
+    int64_t first = last_start < 0 ? (step - 1 - last_start) / step : 0, last = (size[d] + conv->padding[d] + step - 1) / step;
+    taps.last[d] = last < kernel[d] ? last : kernel[d];
+    taps.first[d] = first < taps.last[d] ? first : taps.last[d];
+  }
+  return taps;
+}
+
 /* ---- backward ---- */
 
 static int conv_backward(autograd_node *node, orepa_tensor *given, orepa_tensor **dx) {

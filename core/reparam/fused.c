@@ -102,6 +102,11 @@ static int read_term(const orepa_tree *branch, const orepa_tree *sum, const sque
   return failed ? -1 : 0;
 }
 
+/* The whole block's taps are its own sum's; a nest inside is used whole. */
+static const orepa_taps *taps_of(const orepa_tree *sum, const squeeze_forward *f) {
+  return sum == f->root ? f->taps : NULL;
+}
+
 orepa_tensor *fused_kernel(orepa_tree *sum, const squeeze_forward *f) {
   device_term terms[MAX_TERMS];
   device_array to;
@@ -112,7 +117,7 @@ orepa_tensor *fused_kernel(orepa_tree *sum, const squeeze_forward *f) {
   orepa_tensor *w = tensor_new(f->dtype, f->device, 4, shape);
   if (!w)
     return NULL;
-  if (tensor_writes(w, &to) || DISPATCH("squeeze", f->dtype, f->device, squeeze, sum->groups, &to, sum->count, terms))
+  if (tensor_writes(w, &to) || DISPATCH("squeeze", f->dtype, f->device, squeeze, sum->groups, &to, taps_of(sum, f), sum->count, terms))
     return tensor_fail(w);
   return w;
 }
@@ -148,6 +153,6 @@ int fused_gradients(orepa_tree *sum, const squeeze_backward *b, orepa_tensor *dw
       return -1;
   if (tensor_reads(dw, &from))
     return -1;
-  return DISPATCH("squeeze's gradient", dw->dtype, dw->storage->device, squeeze_backward, sum->groups, &from, sum->count,
-                  terms);
+  return DISPATCH("squeeze's gradient", dw->dtype, dw->storage->device, squeeze_backward, sum->groups, &from,
+                  taps_of(sum, &b->forward), sum->count, terms);
 }

@@ -72,6 +72,9 @@ bool bind_option_boolean(lua_State *L, int options, const char *name, bool other
 /* A number or {height, width}. */
 void bind_option_pair(lua_State *L, int options, const char *name, const int64_t otherwise[2], int64_t pair[2]);
 
+/* {stride=, padding=, dilation=, groups=} */
+orepa_conv bind_conv_options(lua_State *L, int index, const char *function);
+
 int64_t bind_integer(lua_State *L, int index, const char *what); /* integral floats too */
 /* Dimensions, given from 1 or from the end as -1, counted from 0. */
 int bind_axis(lua_State *L, int index, int rank, const char *function);

@@ -18,16 +18,22 @@ static orepa_tensor *tensor_before(lua_State *L, int index, int options) {
   return index < options ? bind_tensor_or_nil(L, index) : NULL;
 }
 
-static int l_conv2d(lua_State *L) {
+orepa_conv bind_conv_options(lua_State *L, int index, const char *function) {
   static const char *const known[] = {"stride", "padding", "dilation", "groups", NULL};
-  orepa_tensor *x = bind_tensor(L, 1), *w = bind_tensor(L, 2);
-  int at = options_after(L, 2, 3), options = bind_options(L, at, "conv2d", known);
-  orepa_tensor *bias = tensor_before(L, 3, at);
+  int options = bind_options(L, index, function, known);
   orepa_conv conv;
   bind_option_pair(L, options, "stride", one, conv.stride);
   bind_option_pair(L, options, "padding", zero, conv.padding);
   bind_option_pair(L, options, "dilation", one, conv.dilation);
   conv.groups = bind_option_integer(L, options, "groups", 1);
+  return conv;
+}
+
+static int l_conv2d(lua_State *L) {
+  orepa_tensor *x = bind_tensor(L, 1), *w = bind_tensor(L, 2);
+  int at = options_after(L, 2, 3);
+  orepa_conv conv = bind_conv_options(L, at, "conv2d");
+  orepa_tensor *bias = tensor_before(L, 3, at);
   BIND_RETURN(L, orepa_conv2d(x, w, bias, &conv));
 }
 

@@ -6,6 +6,7 @@
 --   constants   list of {name, build(device), slot}   names that start with "~" are never saved
 --   tree        of the engine, whose slots are the parameters and constants
 --   branches    their names, in order
+--   plain       the name of the parameter that is the kernel as it is, if there is one
 --   rows        the initial value of each row of `vector`, by the path of the parameter
 
 local core = require "orepa.core"
@@ -278,12 +279,24 @@ local function take_others(plan, o)
   end
 end
 
+-- The name of the parameter that is the block's kernel as it is; nil where there is anything to squeeze.
+local function plain_kernel(plan, o)
+  local p = plan.parameters[1]
+  local branch = entries(o.branches, plan.where, "branches")[1]
+  local l = entries(branch, plan.where, "layers")[1]
+  if #plan.parameters > 1 or plan.slots > 1 or l[FORM] ~= "conv" or l.plus_identity or l.interleave then return nil end
+  local groups, shape = l.groups or o.groups, p.shape
+  local whole = shape[3] == o.kernel_size[1] and shape[4] == o.kernel_size[2]
+  return whole and groups == o.groups and p.name or nil
+end
+
 function reparam.compile(o, where)
   local plan = setmetatable({ where = where, groups = o.groups, parameters = {}, constants = {}, shown = {}, taken = {},
     slots = 0 }, Plan)
   plan.tree, plan.branches = build_sum(plan, o, o.in_channels, o.out_channels, o.kernel_size, "", where)
   need(plan.slots > 0, where, "it has nothing to train and no constant: identities alone are no block")
   take_others(plan, o)
+  plan.plain = plain_kernel(plan, o)
   return plan
 end
 

@@ -56,6 +56,8 @@ typedef struct {
 
 typedef struct {
   int64_t groups, outputs, channels, height, width; /* O, I/G */
+  bool some_taps;                                   /* only these are used */
+  orepa_taps taps;
   int count;
   device_term terms[MOST_TERMS];
   term_arrays arrays[MOST_TERMS];
@@ -184,6 +186,11 @@ static double number_at(const device_array *a, int64_t position) {
   return ((const float *)a->data)[position];
 }
 
+static bool is_used(const problem *p, int64_t h, int64_t w) {
+  const orepa_taps *taps = &p->taps;
+  return !p->some_taps || (h >= taps->first[0] && h < taps->last[0] && w >= taps->first[1] && w < taps->last[1]);
+}
+
 /* w, if asked for, and the gradients of term t. */
 static void sum_term(const problem *p, const device_term *t, sums *w, sums *da, sums *db, sums *dscale) {
   int64_t a, b, scales = t->scale.data ? t->scale.shape[0] : 0;
@@ -197,7 +204,7 @@ static void sum_term(const problem *p, const device_term *t, sums *w, sums *da, 
             int64_t at = kernel_position(&p->w.a, o, i, h, x);
             double left = number_at(&t->a, a), right = plus + (b < 0 ? 0 : number_at(&t->b, b));
             double d = number_at(&p->dw.a, at);
-            sums_add(w, at, v * left * right);
+            sums_add(w, at, is_used(p, h, x) ? v * left * right : 0);
             sums_add(da, a, d * v * right);
             if (b >= 0 && db->count)
               sums_add(db, b, d * v * left);
@@ -211,6 +218,7 @@ static void squeeze_both_ways(const orepa_device *device, problem *p) {
   device_context context = test_context(device);
   test_array *all[3 * MOST_TERMS + 1] = {&p->w};
   int count = 1;
+  const orepa_taps *taps = p->some_taps ? &p->taps : NULL;
   for (int k = 0; k < p->count; k++) {
     test_array *gradients[] = {&p->arrays[k].da, &p->arrays[k].db, &p->arrays[k].dscale};
     for (int n = 0; n < 3; n++)
@@ -219,8 +227,8 @@ static void squeeze_both_ways(const orepa_device *device, problem *p) {
   }
   for (int k = 0; k < count; k++)
     fill_with_nan(all[k]);
-  assert_int_equal(device->squeeze(&context, p->groups, &p->w.a, p->count, p->terms), DEVICE_DONE);
-  assert_int_equal(device->squeeze_backward(&context, p->groups, &p->dw.a, p->count, p->terms), DEVICE_DONE);
+  assert_int_equal(device->squeeze(&context, p->groups, &p->w.a, taps, p->count, p->terms), DEVICE_DONE);
+  assert_int_equal(device->squeeze_backward(&context, p->groups, &p->dw.a, taps, p->count, p->terms), DEVICE_DONE);
   for (int k = 0; k < count; k++)
     assert_true(test_clean(all[k]));
   test_context_free(&context);
@@ -323,6 +331,33 @@ static void test_random_terms(void **state) {
   }
 }
 
+/* From here on only these taps are used, and the others have no gradient. */
+static void use_taps(problem *p, orepa_taps taps) {
+  p->some_taps = true;
+  p->taps = taps;
+  for (int64_t o = 0; o < p->outputs; o++)
+    for (int64_t h = 0; h < p->height; h++)
+      for (int64_t w = 0; w < p->width; w++)
+        for (int64_t i = 0; i < p->channels && !is_used(p, h, w); i++)
+          ((float *)p->dw.a.data)[kernel_position(&p->dw.a, o, i, h, w)] = 0;
+}
+
+static void test_some_taps(void **state) {
+  (void)state;
+  for (uint64_t seed = 1; seed <= 80; seed++) {
+    problem p = seed % 4 ? random_problem(seed) : orepa_problem(1, 40, 24, 3);
+    uint64_t picks = seed;
+    orepa_taps taps;
+    for (int d = 0; d < 2; d++) { /* none at all now and then */
+      taps.first[d] = pick(&picks, 0, d ? p.width : p.height);
+      taps.last[d] = pick(&picks, taps.first[d], d ? p.width : p.height);
+    }
+    use_taps(&p, seed == 4 ? (orepa_taps){{1, 1}, {2, 2}} : taps);
+    check(&p);
+    free_problem(&p);
+  }
+}
+
 static void test_empty(void **state) {
   (void)state;
   static const int64_t shapes[][2] = {{0, 5}, {6, 0}, {0, 0}, {6, 5}};
@@ -374,10 +409,10 @@ static void test_unsupported(void **state) {
     device_context context = test_context(device);
     problem p = new_problem(1, 4, 4, 3, 3);
     add_term(&p, (recipe){TERM_KERNEL, 2, 2, 0, false, 0, true, false, false}); /* 2x2 has no centre in 3x3 */
-    assert_int_equal(device->squeeze(&context, 1, &p.w.a, 1, p.terms), DEVICE_UNSUPPORTED);
-    assert_int_equal(device->squeeze_backward(&context, 1, &p.dw.a, 1, p.terms), DEVICE_UNSUPPORTED);
+    assert_int_equal(device->squeeze(&context, 1, &p.w.a, NULL, 1, p.terms), DEVICE_UNSUPPORTED);
+    assert_int_equal(device->squeeze_backward(&context, 1, &p.dw.a, NULL, 1, p.terms), DEVICE_UNSUPPORTED);
     test_array w = test_new(OREPA_FLOAT64, LAYOUT_DENSE, 4, p.w.a.shape);
-    assert_int_equal(device->squeeze(&context, 1, &w.a, 0, NULL), DEVICE_UNSUPPORTED);
+    assert_int_equal(device->squeeze(&context, 1, &w.a, NULL, 0, NULL), DEVICE_UNSUPPORTED);
     test_release(&w);
     free_problem(&p);
     test_context_free(&context);
@@ -544,7 +579,7 @@ static void test_compose_unsupported(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_blocks),        cmocka_unit_test(test_random_terms),
+      cmocka_unit_test(test_blocks),        cmocka_unit_test(test_random_terms), cmocka_unit_test(test_some_taps),
       cmocka_unit_test(test_empty),         cmocka_unit_test(test_threads),
       cmocka_unit_test(test_unsupported),   cmocka_unit_test(test_compose),
       cmocka_unit_test(test_compose_against_ref), cmocka_unit_test(test_compose_threads),

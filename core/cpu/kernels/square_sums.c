@@ -9,7 +9,8 @@
 enum {
   RUN = 512,         /* elements of a block */
   CHUNK_BLOCKS = 32, /* blocks of a chunk */
-  LANES = 16
+  LANES = 16,
+  AHEAD = 2048 /* elements: gradients come from memory, and one stream alone waits for it */
 };
 
 #define SQUARES(name, T)                                                                                               \
@@ -17,9 +18,11 @@ enum {
     const T *x = from;                                                                                                 \
     double lanes[LANES] = {0};                                                                                         \
     int64_t i = 0;                                                                                                     \
-    for (; i + LANES <= n; i += LANES)                                                                                 \
+    for (; i + LANES <= n; i += LANES) {                                                                               \
+      __builtin_prefetch(x + i + AHEAD, 0, 2);                                                                         \
       for (int l = 0; l < LANES; l++)                                                                                  \
         lanes[l] += (double)x[i + l] * (double)x[i + l];                                                               \
+    }                                                                                                                  \
     for (int l = 0; i < n; i++, l++)                                                                                   \
       lanes[l] += (double)x[i] * (double)x[i];                                                                         \
     for (int half = LANES / 2; half; half /= 2)                                                                        \

@@ -66,7 +66,7 @@ static bool understands(const squeezing *s, const device_term *term) {
   return false;
 }
 
-bool KERNEL(squeeze_describe)(squeezing *s, int64_t groups, const device_array *w, int count,
+bool KERNEL(squeeze_describe)(squeezing *s, int64_t groups, const device_array *w, const orepa_taps *taps, int count,
                               const device_term *terms) {
   if (!is_dense_kernel(w, OREPA_FLOAT32) || groups < 1 || w->shape[0] % groups)
     return false;
@@ -76,6 +76,7 @@ bool KERNEL(squeeze_describe)(squeezing *s, int64_t groups, const device_array *
                    .taps = w->shape[2] * w->shape[3],
                    .height = w->shape[2],
                    .width = w->shape[3],
+                   .used = taps ? *taps : (orepa_taps){{0, 0}, {w->shape[2], w->shape[3]}},
                    .blocks = divide_up(w->shape[1], SQUEEZE_CHANNELS),
                    .padded = divide_up(w->shape[1], LANES) * LANES,
                    .count = count};
@@ -88,14 +89,27 @@ bool KERNEL(squeeze_describe)(squeezing *s, int64_t groups, const device_array *
   return true;
 }
 
-static void find_places(const squeezing *s, const device_term *term, int64_t *place) {
+static bool is_used(const squeezing *s, int64_t h, int64_t w) {
+  return h >= s->used.first[0] && h < s->used.last[0] && w >= s->used.first[1] && w < s->used.last[1];
+}
+
+/* Fills a term's `source` and `place`; how many of its taps are used. */
+static int64_t find_places(const squeezing *s, const device_term *term, int64_t *source, int64_t *place) {
   const int64_t *size = &spatial(term)->shape[2];
   bool whole = term->kind == TERM_PATTERN;
   int64_t height = whole ? s->height : size[0], width = whole ? s->width : size[1];
-  int64_t top = (s->height - height) / 2, left = (s->width - width) / 2;
+  int64_t top = (s->height - height) / 2, left = (s->width - width) / 2, used = 0, others = height * width;
+  for (int64_t h = height - 1; h >= 0; h--) /* backwards, as the others are filled in from the end */
+    for (int64_t w = width - 1; w >= 0; w--)
+      if (!is_used(s, top + h, left + w))
+        source[--others] = h * width + w;
   for (int64_t h = 0; h < height; h++)
     for (int64_t w = 0; w < width; w++)
-      *place++ = (top + h) * s->width + left + w;
+      if (is_used(s, top + h, left + w)) {
+        source[used] = h * width + w;
+        place[used++] = (top + h) * s->width + left + w;
+      }
+  return used;
 }
 
 void KERNEL(squeeze_lay_out)(squeezing *s, squeeze_scratch *m, const device_term *terms, int64_t chunks) {
@@ -103,23 +117,30 @@ void KERNEL(squeeze_lay_out)(squeezing *s, squeeze_scratch *m, const device_term
   for (int k = 0; k < s->count; k++) {
     const device_term *term = &terms[k];
     const device_array *a = spatial(term);
-    int64_t taps = term->kind == TERM_PATTERN ? s->taps : a->shape[2] * a->shape[3], inner = inner_of(s, term), size = 0;
+    int64_t own = term->kind == TERM_PATTERN ? s->taps : a->shape[2] * a->shape[3], inner = inner_of(s, term), size = 0;
     if (term->kind == TERM_PRODUCT && chunks)
       size = s->groups * packed_size(inner, PRODUCT_COLUMNS(float), s->channels);
     else if (term->kind == TERM_PRODUCT)
       size = s->groups * packed_size(s->channels, PRODUCT_COLUMNS(float), inner);
     else if (term->kind == TERM_DEPTHWISE)
-      size = s->groups * s->padded * inner * taps;
-    int64_t *place = take(m, taps, sizeof *place);
+      size = s->groups * s->padded * inner * own;
+    int64_t *source = take(m, own, sizeof *source), *place = take(m, own, sizeof *place);
     float *packed = take(m, size, sizeof *packed), *partial = NULL;
     double *sums = take(m, chunks ? s->groups * s->outputs : 0, sizeof *sums);
     if (term->kind == TERM_DEPTHWISE && term->db.data)
       partial = take(m, chunks * size, sizeof *partial);
     if (m->memory) {
-      s->terms[k] = (squeeze_term){term, taps, place, inner, packed, partial, sums};
-      find_places(s, term, place);
+      int64_t taps = find_places(s, term, source, place);
+      s->terms[k] = (squeeze_term){term, own, taps, source, place, inner, packed, partial, sums};
     }
   }
+}
+
+/* One e of a column: the used taps of `channels` kernels that lie `row` apart. */
+static void take_taps(const squeeze_term *t, int64_t channels, const float *from, int64_t row, float *to) {
+  for (int64_t tap = 0; tap < t->taps; tap++, to += t->inner * LANES)
+    for (int64_t i = 0; i < LANES; i++)
+      to[i] = i < channels ? from[i * row + t->source[tap]] : 0;
 }
 
 void KERNEL(squeeze_pack_depthwise)(const squeezing *s) {
@@ -128,14 +149,17 @@ void KERNEL(squeeze_pack_depthwise)(const squeezing *s) {
     const squeeze_term *t = &s->terms[k];
     if (t->term->kind != TERM_DEPTHWISE)
       continue;
-    int64_t row = t->inner * t->taps;
+    int64_t row = t->inner * t->own;
 #pragma omp for nowait
     for (int64_t n = 0; n < s->groups * columns; n++) {
-      int64_t first = n % columns * LANES;
+      int64_t first = n % columns * LANES, channels = smaller(LANES, s->channels - first);
       const float *from = (const float *)t->term->b.data + (n / columns * s->channels + first) * row;
-      for (int64_t e = 0; e < t->inner; e++)
-        turn_to_lanes(smaller(LANES, s->channels - first), t->taps, from + e * t->taps, row,
-                      t->packed + (n * row + e) * LANES, t->inner * LANES);
+      float *to = t->packed + n * t->inner * t->taps * LANES;
+      for (int64_t e = 0; e < t->inner; e++, from += t->own, to += LANES)
+        if (t->taps == t->own)
+          turn_to_lanes(channels, t->taps, from, row, to, t->inner * LANES);
+        else
+          take_taps(t, channels, from, row, to);
     }
   }
 }
@@ -181,13 +205,13 @@ static void finish_tile(const squeezing *s, const squeeze_term *t, bool add, int
   }
 }
 
-/* Rows of `a` from row `first` of (o,tap) on. */
+/* Rows of `a` from row `first` of (o, used tap) on. */
 static void pack_product_rows(const squeezing *s, const squeeze_term *t, float *w, int64_t first, int64_t rows,
                               product_row *row, float *packed) {
   int64_t o = first / t->taps, tap = first % t->taps;
   const float *from[PRODUCT_BLOCK];
   for (int64_t r = 0; r < rows; r++) {
-    from[r] = (const float *)t->term->a.data + (first + r) * t->inner;
+    from[r] = (const float *)t->term->a.data + (o * t->own + t->source[tap]) * t->inner;
     row[r] = (product_row){from[r], w + (o * s->taps + t->place[tap]) * s->channels, scale_of(t->term, o)};
     if (++tap == t->taps)
       tap = 0, o++;
@@ -247,14 +271,13 @@ static ALWAYS_INLINE void add_to_tap(int64_t count, float scale, const float *ro
 }
 
 static void add_kernel(const squeezing *s, const squeeze_term *t, int64_t o, channel_block block, float *sum) {
-  const float *row = (const float *)t->term->a.data + o * t->taps * s->channels + block.first;
+  const float *a = (const float *)t->term->a.data + o * t->own * s->channels + block.first;
   float scale = scale_of(t->term, o);
-  for (int64_t tap = 0; tap < t->taps; tap++, row += s->channels)
+  for (int64_t tap = 0; tap < t->taps; tap++) /* the next output's */
     for (int64_t i = 0; i < block.count; i += 16)
-      __builtin_prefetch(row + t->taps * s->channels + i);
-  row = (const float *)t->term->a.data + o * t->taps * s->channels + block.first;
-  for (int64_t tap = 0; tap < t->taps; tap++, row += s->channels)
-    add_to_tap(block.count, scale, row, sum + t->place[tap] * LANES, s->taps * LANES);
+      __builtin_prefetch(a + (t->own + t->source[tap]) * s->channels + i);
+  for (int64_t tap = 0; tap < t->taps; tap++)
+    add_to_tap(block.count, scale, a + t->source[tap] * s->channels, sum + t->place[tap] * LANES, s->taps * LANES);
 }
 
 static void add_pattern(const squeezing *s, const squeeze_term *t, int64_t o, channel_block block, float *pattern,
@@ -263,8 +286,11 @@ static void add_pattern(const squeezing *s, const squeeze_term *t, int64_t o, ch
   read_pattern(s, t->term, o, scale_of(t->term, o), pattern);
   for (int64_t column = 0; column < block.columns; column++) {
     float_lanes factor = load_part(row + column * LANES, block.count - column * LANES);
-    for (int64_t tap = 0; tap < s->taps; tap++, sum += LANES)
-      store_lanes(sum, 0, load_lanes(sum, 0, false) + pattern[tap] * factor, false);
+    for (int64_t tap = 0; tap < t->taps; tap++) {
+      float *to = sum + t->place[tap] * LANES;
+      store_lanes(to, 0, load_lanes(to, 0, false) + pattern[t->place[tap]] * factor, false);
+    }
+    sum += s->taps * LANES;
   }
 }
 
@@ -366,10 +392,10 @@ static bool worth_threads(const squeezing *s, const device_term *terms) {
   return each * size > 5e5;
 }
 
-device_status KERNEL(squeeze)(device_context *context, int64_t groups, const device_array *w, int count,
-                              const device_term *terms) {
+device_status KERNEL(squeeze)(device_context *context, int64_t groups, const device_array *w, const orepa_taps *taps,
+                              int count, const device_term *terms) {
   squeezing s;
-  if (!KERNEL(squeeze_describe)(&s, groups, w, count, terms))
+  if (!KERNEL(squeeze_describe)(&s, groups, w, taps, count, terms))
     return DEVICE_UNSUPPORTED;
   bool parallel = worth_threads(&s, terms);
   int threads = parallel ? omp_get_max_threads() : 1;

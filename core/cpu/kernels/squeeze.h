@@ -12,8 +12,9 @@ enum { SQUEEZE_CHANNELS = 64 };
 
 typedef struct {
   const device_term *term;
-  int64_t taps;   /* of its own kernel */
-  int64_t *place; /* where each of them lies in the whole kernel */
+  int64_t own, taps; /* of its own kernel: all, and those that are used */
+  int64_t *source;   /* (own): the used ones' places in its own kernel, then those of the others */
+  int64_t *place;    /* (taps): where the used ones lie in the whole kernel */
   int64_t inner;  /* PRODUCT: T; DEPTHWISE: E */
   float *packed;  /* PRODUCT: b in panels; DEPTHWISE: b as [group][column][tap][e][LANES] */
   float *partial; /* DEPTHWISE, backward: chunks of the gradient of b, each in the order of `packed` */
@@ -23,6 +24,7 @@ typedef struct {
 typedef struct {
   int64_t groups, outputs, channels; /* O/G and I/G: of one group */
   int64_t taps, height, width;       /* of the kernel */
+  orepa_taps used;                   /* of these */
   int64_t blocks, padded;            /* of a group's channels: blocks; channels filled up to whole columns */
   int64_t most_inner[2];             /* the largest T and E */
   int count;
@@ -239,7 +241,8 @@ static inline void *take(squeeze_scratch *m, int64_t count, size_t size) {
 }
 
 /* False where shapes don't fit together or the types are not ours. */
-bool KERNEL(squeeze_describe)(squeezing *s, int64_t groups, const device_array *w, int count, const device_term *terms);
+bool KERNEL(squeeze_describe)(squeezing *s, int64_t groups, const device_array *w, const orepa_taps *taps, int count,
+                              const device_term *terms);
 /* Fills s->terms. Backward there are `chunks` > 0 of partial sums, and panels of b's rows; forward 0, and of its
  * columns. */
 void KERNEL(squeeze_lay_out)(squeezing *s, squeeze_scratch *m, const device_term *terms, int64_t chunks);

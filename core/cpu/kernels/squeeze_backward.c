@@ -69,12 +69,16 @@ static void kernel_gradient(const squeezing *s, const squeeze_term *t, const str
   const float *a = t->term->a.data;
   float *da = t->term->da.data;
   for (int64_t k = 0; k < p->outputs; k++) {
-    int64_t o = p->o + k, at = o * t->taps * s->channels + p->block.first;
+    int64_t o = p->o + k, start = o * t->own * s->channels + p->block.first;
     float scale = scale_of(t->term, o);
     float_lanes sum = {0};
-    for (int64_t tap = 0; tap < t->taps; tap++, at += s->channels)
+    for (int64_t tap = 0; tap < t->taps; tap++) {
+      int64_t at = start + t->source[tap] * s->channels;
       sum += row_gradient(p->block.count, scale, strip_at(s, p, k, 0, t->place[tap]), s->taps * LANES, a + at,
                           da ? da + at : NULL);
+    }
+    for (int64_t tap = t->taps; tap < t->own && da; tap++)
+      memset(da + start + t->source[tap] * s->channels, 0, (size_t)p->block.count * sizeof *da);
     t->sums[o] += total(sum);
   }
 }
@@ -87,8 +91,8 @@ static void pattern_gradient(const squeezing *s, const squeeze_term *t, const st
     for (int64_t column = 0; column < p->block.columns; column++) {
       const float *dw = strip_at(s, p, k, column, 0);
       float_lanes sum = {0};
-      for (int64_t tap = 0; tap < s->taps; tap++)
-        sum += p->pattern[tap] * load_lanes(dw, tap * LANES, false);
+      for (int64_t tap = 0; tap < t->taps; tap++)
+        sum += p->pattern[t->place[tap]] * load_lanes(dw, t->place[tap] * LANES, false);
       store_lanes(q, column * LANES, sum, false);
     }
     float *da = t->term->da.data;
@@ -250,6 +254,15 @@ static void pass_outputs(const squeezing *s, const float *dw, int64_t chunk, int
   }
 }
 
+/* One e of a column: the used taps of `channels` kernels that lie `row` apart; the others are zero. */
+static void put_taps(const squeeze_term *t, int64_t channels, const float *from, float *to, int64_t row) {
+  for (int64_t i = 0; i < channels; i++, to += row) {
+    memset(to, 0, (size_t)t->own * sizeof *to);
+    for (int64_t tap = 0; tap < t->taps; tap++)
+      to[t->source[tap]] = from[tap * t->inner * LANES + i];
+  }
+}
+
 /* Adds a depthwise term's chunks in their order and turns the sum back to where it belongs. */
 static void finish_deep_gradients(const squeezing *s, int64_t chunks) {
   int64_t columns = s->padded / LANES;
@@ -263,10 +276,13 @@ static void finish_deep_gradients(const squeezing *s, int64_t chunks) {
       float *sum = t->partial + n * row * LANES;
       for (int64_t chunk = 1; chunk < chunks; chunk++)
         add_scaled(row * LANES, 1, sum + chunk * next, sum);
-      int64_t first = n % columns * LANES, channels = smaller(LANES, s->channels - first);
-      float *to = (float *)t->term->db.data + (n / columns * s->channels + first) * row;
-      for (int64_t e = 0; e < t->inner; e++)
-        turn_matrix(t->taps, channels, sum + e * LANES, t->inner * LANES, to + e * t->taps, row);
+      int64_t first = n % columns * LANES, channels = smaller(LANES, s->channels - first), whole = t->inner * t->own;
+      float *to = (float *)t->term->db.data + (n / columns * s->channels + first) * whole;
+      for (int64_t e = 0; e < t->inner; e++, sum += LANES, to += t->own)
+        if (t->taps == t->own)
+          turn_matrix(t->taps, channels, sum, t->inner * LANES, to, whole);
+        else
+          put_taps(t, channels, sum, to, whole);
     }
   }
 }
@@ -314,14 +330,14 @@ static void finish_tile(const squeezing *s, const squeeze_term *t, int64_t rows,
   }
 }
 
-/* Rows of dW that belong to rows of (o,tap) from `first` on. */
+/* Rows of dW that belong to rows of (o, used tap) from `first` on. */
 static void pack_dw_rows(const squeezing *s, const squeeze_term *t, const float *dw, int64_t first, int64_t rows,
                          product_row *row, float *packed) {
   int64_t o = first / t->taps, tap = first % t->taps;
   const float *from[PRODUCT_BLOCK], *a = t->term->a.data;
   float *da = t->term->da.data;
   for (int64_t r = 0; r < rows; r++) {
-    int64_t at = (first + r) * t->inner;
+    int64_t at = (o * t->own + t->source[tap]) * t->inner;
     from[r] = dw + (o * s->taps + t->place[tap]) * s->channels;
     row[r] = (product_row){from[r], a + at, da ? da + at : NULL, scale_of(t->term, o), {0}};
     if (++tap == t->taps)
@@ -331,12 +347,20 @@ static void pack_dw_rows(const squeezing *s, const squeeze_term *t, const float 
     pack_columns_float(s->channels, PRODUCT_ROWS, smaller(PRODUCT_ROWS, rows - r), from + r, packed + r * s->channels);
 }
 
+static void clear_unused_rows(const squeeze_term *t, int64_t o, int64_t outputs) {
+  float *da = t->term->da.data;
+  for (int64_t k = o; k < o + outputs && da; k++)
+    for (int64_t tap = t->taps; tap < t->own; tap++)
+      memset(da + (k * t->own + t->source[tap]) * t->inner, 0, (size_t)t->inner * sizeof *da);
+}
+
 static void product_rows_gradient(const squeezing *s, const squeeze_term *t, const float *dw, int64_t group, int64_t o,
                                   int64_t outputs, float *packed) {
   float tile[PRODUCT_ROWS * PRODUCT_MOST_COLUMNS] __attribute__((aligned(64)));
   int64_t width = PRODUCT_COLUMNS(float), panels = divide_up(t->inner, width), end = (o + outputs) * t->taps;
   const float *right = t->packed + group * panels * s->channels * width;
   memset(t->sums + o, 0, (size_t)outputs * sizeof *t->sums);
+  clear_unused_rows(t, o, outputs);
   for (int64_t first = o * t->taps; first < end && panels; first += PRODUCT_BLOCK) {
     product_row row[PRODUCT_BLOCK];
     int64_t rows = smaller(PRODUCT_BLOCK, end - first);
@@ -358,7 +382,7 @@ typedef struct {
   int64_t group, row, rows, column, columns;
 } product_block;
 
-/* Steps of the sum: rows of (o,tap) in `a` and dW, and the scale of each. */
+/* Steps of the sum: rows of (o, used tap) in `a` and dW, and the scale of each. */
 typedef struct {
   int64_t count;
   const float *a[PRODUCT_DEPTH], *dw[PRODUCT_DEPTH];
@@ -366,9 +390,9 @@ typedef struct {
 } product_steps;
 
 static void find_steps(const squeezing *s, const squeeze_term *t, const float *dw, int64_t first, product_steps *steps) {
-  int64_t o = first / t->taps, tap = first % t->taps;
+  int64_t taps = larger(1, t->taps), o = first / taps, tap = first % taps;
   for (int64_t k = 0; k < steps->count; k++) {
-    steps->a[k] = (const float *)t->term->a.data + (first + k) * t->inner;
+    steps->a[k] = (const float *)t->term->a.data + (o * t->own + t->source[tap]) * t->inner;
     steps->dw[k] = dw + (o * s->taps + t->place[tap]) * s->channels;
     steps->scale[k] = scale_of(t->term, o);
     if (++tap == t->taps)
@@ -490,10 +514,10 @@ static void put_scale_gradient(const squeezing *s, const squeeze_term *t) {
   *data = (float)all;
 }
 
-device_status KERNEL(squeeze_backward)(device_context *context, int64_t groups, const device_array *dw, int count,
-                                       const device_term *terms) {
+device_status KERNEL(squeeze_backward)(device_context *context, int64_t groups, const device_array *dw,
+                                       const orepa_taps *taps, int count, const device_term *terms) {
   squeezing s;
-  if (!KERNEL(squeeze_describe)(&s, groups, dw, count, terms))
+  if (!KERNEL(squeeze_describe)(&s, groups, dw, taps, count, terms))
     return DEVICE_UNSUPPORTED;
   bool parallel = worth_threads(&s);
   division d = divide(&s, parallel ? omp_get_max_threads() : 1);

@@ -240,9 +240,10 @@ end
 
 local function online(self, x)
   local o = self.options
-  local weight = tree.squeeze(self.plan.tree, slots(self))
+  local plain = self.plan.plain -- the kernel is this parameter
+  local weight = plain and self[plain] or tree.squeeze(self.plan.tree, slots(self), o.kernel_size, x, self.geometry)
   local y = F.conv2d(x, weight, self.bias, self.geometry)
-  weight:release()
+  if not plain then weight:release() end
   if o.post_bn then
     local z = self[o.post_bn](y)
     done_with(y)
