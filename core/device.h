@@ -203,8 +203,8 @@ struct orepa_device {
   device_status (*compose_backward_before)(device_context *, const device_array *dbefore, int64_t nb,
                                            const device_array *dw, const device_array *after, int64_t na,
                                            int64_t groups, bool turn);
-  /* The fast form: all terms in one pass. NULL, or unsupported: the engine composes. Taps outside `taps` (NULL: none are)
-   * become zero, and are zero in dw. */
+  /* The fast form: all terms in one pass. NULL, or unsupported: the engine composes. Taps outside `taps` (NULL: none
+   * are) become zero, and are zero in dw. */
   device_status (*squeeze)(device_context *, int64_t groups, const device_array *w, const orepa_taps *taps, int count,
                            const device_term *terms);
   device_status (*squeeze_backward)(device_context *, int64_t groups, const device_array *dw, const orepa_taps *taps,

@@ -100,10 +100,11 @@ size_t host_available(const char *root) {
 
 /* ---- blocks ----
  *
- * Large ones come from the system one by one. Smaller ones are cut from slabs, one behind the other, so that they lie on
- * huge pages too: a network's parameters and gradients are some hundred small blocks, and a step walks through all of
- * them. A freed block's pages go back at once, its addresses when its slab is empty; reuse is the business of the engine's
- * allocator. Under the address sanitizer every block is malloc's, so that what lies beyond its end is known. */
+ * Large ones come from the system one by one. Smaller ones are cut from slabs, one behind the other, so that they lie
+ * on huge pages too: a network's parameters and gradients are some hundred small blocks, and a step walks through all
+ * of them. A freed block's pages go back at once, its addresses when its slab is empty; reuse is the business of the
+ * engine's allocator. Under the address sanitizer every block is malloc's, so that what lies beyond its end is known.
+ */
 
 #ifdef MADV_HUGEPAGE
 static void want_huge_pages(void *memory, size_t bytes) {

@@ -69,7 +69,8 @@ print(("deployed on %d images: largest difference of logits %.2e of the largest 
   count, difference / largest, largest, same, count))
 print(("images/s: training form squeezing each pass %.0f, training form folded once %.0f, deployed %.0f"):format(
   squeezing_speed, folded_speed, deployed_speed))
-if not (difference <= args.tolerance * largest) or same ~= count then
+local close = difference <= args.tolerance * largest -- false for a NaN
+if not close or same ~= count then
   io.stderr:write("deploy.lua: the deployed network is not the same\n")
   os.exit(1)
 end

@@ -1,8 +1,8 @@
 /* conv.c: convolution in its three directions: sizes taken from the arrays, the fastest way chosen for them, and around
  * it what every way needs (an input normalised first, a dense bias, empty arrays).
  *
- * The ways, for float32: by positions on small maps; oneDNN's kernels; by lowering. The choice was measured; `preferred`
- * says when which is the fastest. For bfloat16: oneDNN's kernels, and float32 where it has none. */
+ * The ways, for float32: by positions on small maps; oneDNN's kernels; by lowering. The choice was measured;
+ * `preferred` says when which is the fastest. For bfloat16: oneDNN's kernels, and float32 where it has none. */
 #include <string.h>
 
 #include "cpu/conv.h"

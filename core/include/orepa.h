@@ -208,8 +208,8 @@ OREPA_API orepa_tensor *orepa_relu(orepa_tensor *x);
 /* Writes `src`, broadcast and converted, into `dst`; with gradients. */
 OREPA_API int orepa_copy_(orepa_tensor *dst, orepa_tensor *src);
 OREPA_API int orepa_fill_(orepa_tensor *dst, double value);
-/* Writes `src`, broadcast, into positions first <= p < last of one axis of `dst`: an op on dst, with gradients. If it is one
- * position, src may lack the axis. */
+/* Writes `src`, broadcast, into positions first <= p < last of one axis of `dst`: an op on dst, with gradients. If it
+ * is one position, src may lack the axis. */
 OREPA_API int orepa_assign_(orepa_tensor *dst, int axis, int64_t first, int64_t last, orepa_tensor *src);
 
 /* ---- reductions -------------------------------------------------------------------------------------------------- */
@@ -251,13 +251,12 @@ typedef struct {
 
 /* Cross-correlation: x (N, I, H, W), weight (O, I/groups, KH, KW), bias (O) or NULL: (N, O, P, Q). */
 OREPA_API orepa_tensor *orepa_conv2d(orepa_tensor *x, orepa_tensor *weight, orepa_tensor *bias, const orepa_conv *conv);
-/* The taps of a kernel that meet the map at some output, for a map of `size`: rows first[0] ... last[0]-1, columns likewise.
- * A 3x3 kernel with padding 1 has one of them on a map of 1x1. */
+/* The taps of a kernel that meet the map at some output, for a map of `size`: rows first[0] ... last[0]-1, columns
+ * likewise. A 3x3 kernel with padding 1 has one of them on a map of 1x1. */
 typedef struct {
   int64_t first[2], last[2];
 } orepa_taps;
 OREPA_API orepa_taps orepa_conv2d_taps(const orepa_conv *conv, const int64_t kernel[2], const int64_t size[2]);
-
 
 /* ---- norm -------------------------------------------------------------------------------------------------------- */
 

@@ -1,7 +1,7 @@
 /* orepa_io.h: weights in files. Include it beside orepa.h, whose rules for references and errors hold here too.
  *
- * An archive is what such a file holds: named tensors and string metadata, both in order. Names, keys and values are UTF-8
- * and end at their first NUL. An archive belongs to one thread at a time. */
+ * An archive is what such a file holds: named tensors and string metadata, both in order. Names, keys and values are
+ * UTF-8 and end at their first NUL. An archive belongs to one thread at a time. */
 #ifndef OREPA_IO_H
 #define OREPA_IO_H
 
@@ -18,14 +18,15 @@ typedef struct orepa_archive orepa_archive;
 OREPA_API orepa_archive *orepa_archive_new(void);
 OREPA_API void orepa_archive_free(orepa_archive *archive); /* NULL is allowed */
 
-/* Keeps a reference to the tensor, not a copy: what it holds when the archive is saved is saved. A name that is taken is
- * refused, and so is "__metadata__", which the format keeps for itself. */
+/* Keeps a reference to the tensor, not a copy: what it holds when the archive is saved is saved. A name that is taken
+ * is refused, and so is "__metadata__", which the format keeps for itself. */
 OREPA_API int orepa_archive_add(orepa_archive *archive, const char *name, orepa_tensor *t);
 /* Replaces the value of a key that is there. */
 OREPA_API int orepa_archive_set_metadata(orepa_archive *archive, const char *key, const char *value);
 
-/* Positions are 0 ... count - 1; beyond them, and for a name that is not there, the answer is NULL and no message is left.
- * What is returned is borrowed: tensors until the archive is freed, strings until then or until their key is set anew. */
+/* Positions are 0 ... count - 1; beyond them, and for a name that is not there, the answer is NULL and no message is
+ * left. What is returned is borrowed: tensors until the archive is freed, strings until then or until their key is set
+ * anew. */
 OREPA_API size_t orepa_archive_count(const orepa_archive *archive);
 OREPA_API const char *orepa_archive_name(const orepa_archive *archive, size_t position);
 OREPA_API orepa_tensor *orepa_archive_tensor(const orepa_archive *archive, size_t position);
@@ -38,14 +39,15 @@ OREPA_API const char *orepa_archive_find_metadata(const orepa_archive *archive, 
 
 /* ---- safetensors ------------------------------------------------------------------------------------------------- */
 
-/* Reads a whole file, its tensors onto the device, in the order of the file's header. The types are F32 BF16 F16 F64 I64 I32 U8
- * BOOL. A file that breaks a rule of the format is refused before any tensor is read; the message has the path, the tensor
- * and the rule. No more memory is asked for than the file's real size justifies, whatever it says of itself. */
+/* Reads a whole file, its tensors onto the device, in the order of the file's header. The types are F32 BF16 F16 F64
+ * I64 I32 U8 BOOL. A file that breaks a rule of the format is refused before any tensor is read; the message has the
+ * path, the tensor and the rule. No more memory is asked for than the file's real size justifies, whatever it says of
+ * itself. */
 OREPA_API orepa_archive *orepa_load_safetensors(const char *path, const orepa_device *device);
 
-/* Writes all tensors in logical order, views included. The header lists them in the archive's order; their bytes are laid out
- * by falling size of type, so that each is aligned. The file is written beside the path, synced and renamed: after a failure
- * the path holds what it held before. */
+/* Writes all tensors in logical order, views included. The header lists them in the archive's order; their bytes are
+ * laid out by falling size of type, so that each is aligned. The file is written beside the path, synced and renamed:
+ * after a failure the path holds what it held before. */
 OREPA_API int orepa_save_safetensors(const char *path, const orepa_archive *archive);
 
 #ifdef __cplusplus

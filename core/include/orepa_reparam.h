@@ -9,8 +9,9 @@
  *   sum     branches added, each centred in the sum's kernel
  *   nest    a sum used as a layer of a chain
  *
- * Tensors stand outside the tree: a leaf or a scale names a slot, and squeezing is given one tensor for each slot. The result
- * is a kernel (O, I/G, KH, KW) in the block's G groups. Squeezing is one node of the graph; no tensor of a slot is changed. */
+ * Tensors stand outside the tree: a leaf or a scale names a slot, and squeezing is given one tensor for each slot. The
+ * result is a kernel (O, I/G, KH, KW) in the block's G groups. Squeezing is one node of the graph; no tensor of a slot
+ * is changed. */
 #ifndef OREPA_REPARAM_H
 #define OREPA_REPARAM_H
 
@@ -47,17 +48,18 @@ OREPA_API orepa_tree *orepa_tree_sum(int count, orepa_tree *const *branches, int
 OREPA_API orepa_tree *orepa_tree_retain(orepa_tree *tree);
 OREPA_API void orepa_tree_release(orepa_tree *tree); /* NULL is allowed */
 
-/* Whether sums of recognised shapes are squeezed in one fused pass where the device has one (true at first). Tests compare. */
+/* Whether sums of recognised shapes are squeezed in one fused pass where the device has one (true at first). Tests
+ * compare. */
 OREPA_API void orepa_tree_set_fast(orepa_tree *tree, bool fast);
 
-/* The squeezed kernel. slots: float32 or float64, all of one type and device; contiguous. taps: those that will be used,
- * NULL for all; others may be left zero, and their gradient must be. */
+/* The squeezed kernel. slots: float32 or float64, all of one type and device; contiguous. taps: those that will be
+ * used, NULL for all; others may be left zero, and their gradient must be. */
 OREPA_API orepa_tensor *orepa_squeeze(orepa_tree *tree, int count, orepa_tensor *const *slots, const orepa_taps *taps);
 /* The kernel that one branch of a sum adds: scaled and centred. No graph is recorded. */
 OREPA_API orepa_tensor *orepa_tree_branch(orepa_tree *sum, int branch, int count, orepa_tensor *const *slots);
 
-/* The frequency prior of the OREPA block, (channels, KH, KW): cos(pi*(u + 0.5)*f/K), where the first half of the channels runs
- * along the height and the rest along the width. */
+/* The frequency prior of the OREPA block, (channels, KH, KW): cos(pi*(u + 0.5)*f/K), where the first half of the
+ * channels runs along the height and the rest along the width. */
 OREPA_API orepa_tensor *orepa_frequency_prior(orepa_dtype dtype, const orepa_device *device, int64_t channels,
                                               const int64_t kernel[2]);
 /* E of `plus_identity`: (rows, columns, KH, KW) with 1 at [t, t mod columns, centre]. */

@@ -46,7 +46,8 @@ orepa_taps orepa_conv2d_taps(const orepa_conv *conv, const int64_t kernel[2], co
     if (conv->stride[d] < 1 || step < 1 || room < 0)
       continue; /* for conv2d to refuse */
     int64_t last_start = room / conv->stride[d] * conv->stride[d] - conv->padding[d];
-    int64_t first = last_start < 0 ? (step - 1 - last_start) / step : 0, last = (size[d] + conv->padding[d] + step - 1) / step;
+    int64_t first = last_start < 0 ? (step - 1 - last_start) / step : 0,
+            last = (size[d] + conv->padding[d] + step - 1) / step;
     taps.last[d] = last < kernel[d] ? last : kernel[d];
     taps.first[d] = first < taps.last[d] ? first : taps.last[d];
   }

@@ -7,7 +7,8 @@
 static int check_item(int k, const orepa_device *device, const orepa_tensor *p, const orepa_tensor *g,
                       const orepa_tensor *v, bool momentum) {
   if (p->storage->device != device)
-    return error_set("sgd: parameter 1 is on '%s', parameter %d on '%s'", device->name, k + 1, p->storage->device->name);
+    return error_set("sgd: parameter 1 is on '%s', parameter %d on '%s'", device->name, k + 1,
+                     p->storage->device->name);
   if (!shape_equal(p, g) || p->dtype != g->dtype || p->storage->device != g->storage->device)
     return error_set("sgd: parameter %d is %s, its gradient %s", k + 1, tensor_text(p), tensor_text(g));
   if (momentum && (!v || !shape_equal(p, v) || p->dtype != v->dtype || v->storage->device != device))

@@ -117,7 +117,8 @@ orepa_tensor *fused_kernel(orepa_tree *sum, const squeeze_forward *f) {
   orepa_tensor *w = tensor_new(f->dtype, f->device, 4, shape);
   if (!w)
     return NULL;
-  if (tensor_writes(w, &to) || DISPATCH("squeeze", f->dtype, f->device, squeeze, sum->groups, &to, taps_of(sum, f), sum->count, terms))
+  if (tensor_writes(w, &to) ||
+      DISPATCH("squeeze", f->dtype, f->device, squeeze, sum->groups, &to, taps_of(sum, f), sum->count, terms))
     return tensor_fail(w);
   return w;
 }

@@ -1,8 +1,8 @@
 /* general.c: squeezing leaf by leaf: what a tree means, for every tree, type and device that can compose kernels.
  *
- * Forward, a chain composes its layers from the first to the last (its prefixes). Backward, from the last layer to the first,
- * each layer's gradient comes from the prefix before it, and the prefix's from the layer. A scale's gradient needs no branch's
- * kernel: with Q the gradient of the last layer without the scale, dv[o] = <Q[o], last[o]>. */
+ * Forward, a chain composes its layers from the first to the last (its prefixes). Backward, from the last layer to the
+ * first, each layer's gradient comes from the prefix before it, and the prefix's from the layer. A scale's gradient
+ * needs no branch's kernel: with Q the gradient of the last layer without the scale, dv[o] = <Q[o], last[o]>. */
 #include <string.h>
 
 #include "ops/ops.h"
@@ -43,7 +43,8 @@ static orepa_tensor *compose_gradient(bool of_after, orepa_tensor *dw, orepa_ten
 
 /* ---- leaves ---- */
 
-/* Row o of the kernel is row (o mod r)*n + floor(o/r) of the parameter, r = out/n: two axes exchanged. `back` undoes it. */
+/* Row o of the kernel is row (o mod r)*n + floor(o/r) of the parameter, r = out/n: two axes exchanged. `back` undoes
+ * it. */
 static orepa_tensor *interleaved(const orepa_tree *leaf, orepa_tensor *t, bool back) {
   int64_t n = leaf->groups, r = leaf->out / n, rest = t->shape[1] * t->shape[2] * t->shape[3];
   orepa_tensor *rows = orepa_reshape(t, 3, back ? (int64_t[]){n, r, rest} : (int64_t[]){r, n, rest});
@@ -142,9 +143,9 @@ static int scale_gradient(const orepa_tree *scale, const squeeze_backward *b, or
   orepa_tensor *row = whole ? orepa_select(whole, 0, scale->row) : NULL;
   orepa_tensor *product = row ? orepa_mul(q, last) : NULL;
   bool scalar = row && row->shape[0] != scale->out;
-  orepa_tensor *sum = product ? orepa_reduce(OREPA_SUM, product, scalar ? 4 : 3,
-                                             scalar ? (int[]){0, 1, 2, 3} : (int[]){1, 2, 3}, false)
-                              : NULL;
+  orepa_tensor *sum =
+      product ? orepa_reduce(OREPA_SUM, product, scalar ? 4 : 3, scalar ? (int[]){0, 1, 2, 3} : (int[]){1, 2, 3}, false)
+              : NULL;
   orepa_tensor *shaped = sum ? orepa_reshape(sum, 1, &row->shape[0]) : NULL;
   int failed = !shaped || tensor_copy_into(row, shaped);
   orepa_release(row);
@@ -202,13 +203,14 @@ static int chain_gradients(orepa_tree *node, const orepa_tree *scale, const sque
     orepa_tensor *kernel = b->forward.kernels[layer->id], *before = b->forward.prefixes[layer->id];
     int64_t nb = k == 1 ? node->children[0]->groups : node->groups;
     if (k < node->count - 1) {
-      orepa_tensor *d = compose_gradient(true, dprefix, kernel, layer->groups, before, nb, node->groups, node->correlate);
+      orepa_tensor *d =
+          compose_gradient(true, dprefix, kernel, layer->groups, before, nb, node->groups, node->correlate);
       failed = !d || squeeze_gradients(layer, b, d);
       orepa_release(d);
     }
-    orepa_tensor *older = failed ? NULL
-                                 : compose_gradient(false, dprefix, kernel, layer->groups, before, nb, node->groups,
-                                                    node->correlate);
+    orepa_tensor *older =
+        failed ? NULL
+               : compose_gradient(false, dprefix, kernel, layer->groups, before, nb, node->groups, node->correlate);
     orepa_release(dprefix);
     dprefix = older;
   }

@@ -1,8 +1,8 @@
 /* squeeze.c: squeezing as one node of the graph.
  *
  * A block's branches are linear, so the sum of what they compute is one convolution. Its kernel is squeezed from the
- * parameters in every forward pass (general.c says how for every tree, fused.c does it in one pass for the usual ones), and
- * the kernel's gradient is taken apart again into theirs. The feature map sees one convolution. */
+ * parameters in every forward pass (general.c says how for every tree, fused.c does it in one pass for the usual ones),
+ * and the kernel's gradient is taken apart again into theirs. The feature map sees one convolution. */
 #include "reparam/tree.h"
 
 #include <stdlib.h>
@@ -105,8 +105,10 @@ static int squeeze_backward_pass(autograd_node *node, orepa_tensor *given, orepa
   }
   orepa_tensor *dw = failed ? NULL : orepa_contiguous(given);
   if (dw) {
-    squeeze_forward f = {count, slots, dw->dtype, dw->storage->device, p->tree, p->all_taps ? NULL : &p->taps,
-                         p->kept, p->kept + p->tree->id + 1};
+    squeeze_forward f = {count,     slots,
+                         dw->dtype, dw->storage->device,
+                         p->tree,   p->all_taps ? NULL : &p->taps,
+                         p->kept,   p->kept + p->tree->id + 1};
     squeeze_backward b = {f, dx, wanted};
     failed = squeeze_gradients(p->tree, &b, dw);
   }
@@ -120,7 +122,8 @@ static const autograd_op squeeze_op = {"squeeze", squeeze_backward_pass, squeeze
 
 /* Whether every tap of a kernel is used. */
 static bool is_whole(const orepa_taps *taps, const int64_t kernel[2]) {
-  return !taps || (taps->first[0] <= 0 && taps->first[1] <= 0 && taps->last[0] >= kernel[0] && taps->last[1] >= kernel[1]);
+  return !taps ||
+         (taps->first[0] <= 0 && taps->first[1] <= 0 && taps->last[0] >= kernel[0] && taps->last[1] >= kernel[1]);
 }
 
 orepa_tensor *orepa_squeeze(orepa_tree *tree, int count, orepa_tensor *const *slots, const orepa_taps *taps) {

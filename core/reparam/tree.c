@@ -91,7 +91,8 @@ orepa_tree *orepa_tree_chain(int count, orepa_tree *const *layers, int64_t group
   for (int k = 0; k < count; k++) {
     const orepa_tree *layer = layers[k];
     if (groups < 1 || layer->groups % groups) {
-      error_set("chain: layer %d has %lld groups, no multiple of %lld", k + 1, (long long)layer->groups, (long long)groups);
+      error_set("chain: layer %d has %lld groups, no multiple of %lld", k + 1, (long long)layer->groups,
+                (long long)groups);
       return tree_fail(tree);
     }
     if (k && layer->in != layers[k - 1]->out) {

@@ -37,7 +37,7 @@ typedef struct {
 } squeeze_forward;
 
 typedef struct {
-  squeeze_forward forward; /* its slots, kernels and prefixes */
+  squeeze_forward forward;  /* its slots, kernels and prefixes */
   orepa_tensor **gradients; /* by slot, NULL until something was added; */
   const bool *wanted;       /* by slot */
 } squeeze_backward;

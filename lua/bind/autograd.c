@@ -66,7 +66,8 @@ static int l_is_grad_enabled(lua_State *L) {
 
 static const bind_row functions[] = {
     {"no_grad", l_no_grad,
-     "no_grad(f) -> what f returns\nRuns f without recording a graph. Without argument it gives a guard: `local _ <close> = "
+     "no_grad(f) -> what f returns\nRuns f without recording a graph. Without argument it gives a guard: `local _ "
+     "<close> = "
      "orepa.no_grad()` records nothing until its scope ends, by an error too.\n"
      "> orepa.no_grad(function() return orepa.ones(2) end)"},
     {"is_grad_enabled", l_is_grad_enabled,

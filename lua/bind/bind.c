@@ -96,8 +96,9 @@ void bind_push(lua_State *L, orepa_tensor *t) {
 }
 
 /* ---- garbage ----
- * Lua sees handles of a few bytes where the engine holds maps of megabytes. What drives collection is the engine's live bytes:
- * `left` is the most that an earlier collection left, sinking by 1% at each, so that a peak is forgotten after a while. */
+ * Lua sees handles of a few bytes where the engine holds maps of megabytes. What drives collection is the engine's live
+ * bytes: `left` is the most that an earlier collection left, sinking by 1% at each, so that a peak is forgotten after a
+ * while. */
 
 static double left;
 
@@ -200,7 +201,8 @@ void bind_option_pair(lua_State *L, int options, const char *name, const int64_t
     return;
   if (lua_istable(L, -1)) {
     if (lua_rawlen(L, -1) != 2)
-      bind_error(L, "option '%s': a number or {height, width} expected, got a table of %d", name, (int)lua_rawlen(L, -1));
+      bind_error(L, "option '%s': a number or {height, width} expected, got a table of %d", name,
+                 (int)lua_rawlen(L, -1));
     for (int k = 0; k < 2; k++) {
       lua_rawgeti(L, -1, k + 1);
       pair[k] = bind_integer(L, -1, name);

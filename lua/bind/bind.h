@@ -1,5 +1,5 @@
-/* bind.h: what all bindings share. A tensor in Lua is a userdata that holds one reference; a binding makes the userdata first
- * and fills it second, so that an error in between leaks nothing.
+/* bind.h: what all bindings share. A tensor in Lua is a userdata that holds one reference; a binding makes the userdata
+ * first and fills it second, so that an error in between leaks nothing.
  *
  * Each family of functions is one table of rows: name, function, documentation. The documentation's first line is the
  * signature; lines that start with "> " are an example, which a test runs. */
@@ -39,31 +39,32 @@ void bind_collect(lua_State *L);
 bool bind_retry(lua_State *L);
 
 /* Returns the tensor that `call` makes, one retry included: the last statement of a binding. */
-#define BIND_RETURN(L, call)                                                                                             \
-  do {                                                                                                                   \
-    bind_collect(L);                                                                                                     \
-    orepa_tensor **handle = bind_new(L);                                                                                 \
-    *handle = (call);                                                                                                    \
-    if (!*handle && bind_retry(L))                                                                                       \
-      *handle = (call);                                                                                                  \
-    return *handle ? 1 : bind_fail(L);                                                                                   \
+#define BIND_RETURN(L, call)                                                                                           \
+  do {                                                                                                                 \
+    bind_collect(L);                                                                                                   \
+    orepa_tensor **handle = bind_new(L);                                                                               \
+    *handle = (call);                                                                                                  \
+    if (!*handle && bind_retry(L))                                                                                     \
+      *handle = (call);                                                                                                \
+    return *handle ? 1 : bind_fail(L);                                                                                 \
   } while (0)
 
 /* Returns the first argument after `call`, which gives 0 or -1. */
-#define BIND_RETURN_SELF(L, call)                                                                                        \
-  do {                                                                                                                   \
-    bind_collect(L);                                                                                                     \
-    if ((call) && (!bind_retry(L) || (call)))                                                                            \
-      return bind_fail(L);                                                                                               \
-    lua_settop(L, 1);                                                                                                    \
-    return 1;                                                                                                            \
+#define BIND_RETURN_SELF(L, call)                                                                                      \
+  do {                                                                                                                 \
+    bind_collect(L);                                                                                                   \
+    if ((call) && (!bind_retry(L) || (call)))                                                                          \
+      return bind_fail(L);                                                                                             \
+    lua_settop(L, 1);                                                                                                  \
+    return 1;                                                                                                          \
   } while (0)
 
 /* ---- arguments */
-/* Whether the value is a table whose keys are all strings. Mixed keys are an error; an empty table is a shape if it is the first
- * argument, else options. */
+/* Whether the value is a table whose keys are all strings. Mixed keys are an error; an empty table is a shape if it is
+ * the first argument, else options. */
 bool bind_is_options(lua_State *L, int index);
-/* Checks that no key but these (ended by NULL) is in the options at `index`; none and nil are empty. Returns the index or 0. */
+/* Checks that no key but these (ended by NULL) is in the options at `index`; none and nil are empty. Returns the index
+ * or 0. */
 int bind_options(lua_State *L, int index, const char *function, const char *const *known);
 bool bind_option(lua_State *L, int options, const char *name); /* pushes the value unless it is nil or absent */
 double bind_option_number(lua_State *L, int options, const char *name, double otherwise);

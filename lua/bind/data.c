@@ -45,7 +45,8 @@ static int l_image_batch(lua_State *L) {
   transform.augment = bind_option_boolean(L, options, "augment", false);
   transform.seed = (uint64_t)bind_option_integer(L, options, "seed", 0);
   transform.epoch = (uint64_t)bind_option_integer(L, options, "epoch", 0);
-  int means = option_channels(L, options, "mean", mean), deviations = option_channels(L, options, "deviation", deviation);
+  int means = option_channels(L, options, "mean", mean),
+      deviations = option_channels(L, options, "deviation", deviation);
   if (means && deviations && means != deviations)
     return bind_error(L, "image_batch: %d means and %d deviations", means, deviations);
   transform.mean = means ? mean : NULL;
@@ -83,11 +84,14 @@ static const bind_row rows[] = {
      "data.load_idx(path) -> tensor\nReads an idx file (MNIST's format), plain or compressed by gzip.\n"
      "> pcall(data.load_idx, \"missing.idx\")"},
     {"permutation", l_permutation,
-     "data.permutation(count, seed, epoch) -> int64 tensor\n0 ... count-1 in an order that depends on these three alone.\n"
+     "data.permutation(count, seed, epoch) -> int64 tensor\n0 ... count-1 in an order that depends on these three "
+     "alone.\n"
      "> data.permutation(5, 1, 1)"},
     {"image_batch", l_image_batch,
-     "data.image_batch(images, indices, {padding=, crop=, flip=, augment=, mean=, deviation=, seed=, epoch=}) -> tensor\n"
-     "float32 (B, C, h, w) of images (N, H, W) or (N, C, H, W) at int64 positions that count from 0: padded, cropped, flipped "
+     "data.image_batch(images, indices, {padding=, crop=, flip=, augment=, mean=, deviation=, seed=, epoch=}) -> "
+     "tensor\n"
+     "float32 (B, C, h, w) of images (N, H, W) or (N, C, H, W) at int64 positions that count from 0: padded, cropped, "
+     "flipped "
      "(with augment), normalised. What a sample gets depends on seed, epoch and its position alone.\n"
      "> data.image_batch(orepa.zeros(4, 8, 8), data.permutation(4, 1, 1), {mean = {0.5}, deviation = {0.2}})"},
     {"label_batch", l_label_batch,

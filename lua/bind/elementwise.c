@@ -39,7 +39,8 @@ static const struct {
     {"add", "__add", "t:add(other) -> tensor, t + other\nThe sum, with broadcasting.\n> orepa.ones(2) + 1"},
     {"sub", "__sub", "t:sub(other) -> tensor, t - other\nThe difference.\n> 1 - orepa.ones(2)"},
     {"mul", "__mul", "t:mul(other) -> tensor, t * other\nThe product, element by element.\n> orepa.ones(2) * 3"},
-    {"div", "__div", "t:div(other) -> tensor, t / other\nThe quotient; of integers too it is float32.\n> orepa.ones(2) / 4"},
+    {"div", "__div",
+     "t:div(other) -> tensor, t / other\nThe quotient; of integers too it is float32.\n> orepa.ones(2) / 4"},
     {"pow", "__pow", "t:pow(other) -> tensor, t ^ other\nThe power.\n> orepa.arange(3) ^ 2"},
     {"neg", "__unm", "t:neg() -> tensor, -t\nThe negative.\n> -orepa.ones(2)"},
     {"maximum", NULL, "t:maximum(other) -> tensor\nThe larger of both; NaN wins.\n> orepa.arange(3):maximum(2)"},
@@ -49,11 +50,14 @@ static const struct {
     {"exp", NULL, "t:exp() -> tensor\ne to the power of each element.\n> orepa.zeros(2):exp()"},
     {"log", NULL, "t:log() -> tensor\nThe natural logarithm.\n> orepa.ones(2):log()"},
     {"relu", NULL, "t:relu() -> tensor\nNegative elements become 0; NaN stays.\n> orepa.tensor({-1, 2}):relu()"},
-    {"clamp", NULL, "t:clamp(lowest, highest) -> tensor\nEach element moved between two bounds.\n> orepa.arange(5):clamp(2, 4)"},
-    {"multiply_add", NULL, "t:multiply_add(factor, term) -> tensor\nt * factor + term in one pass.\n"
-                           "> orepa.arange(3):multiply_add(2, 1)"},
-    {"eq", NULL, "t:eq(other) -> bool tensor\nWhether elements are equal (`==` tells whether two handles are one tensor).\n"
-                 "> orepa.arange(3):eq(2)"},
+    {"clamp", NULL,
+     "t:clamp(lowest, highest) -> tensor\nEach element moved between two bounds.\n> orepa.arange(5):clamp(2, 4)"},
+    {"multiply_add", NULL,
+     "t:multiply_add(factor, term) -> tensor\nt * factor + term in one pass.\n"
+     "> orepa.arange(3):multiply_add(2, 1)"},
+    {"eq", NULL,
+     "t:eq(other) -> bool tensor\nWhether elements are equal (`==` tells whether two handles are one tensor).\n"
+     "> orepa.arange(3):eq(2)"},
     {"ne", NULL, "t:ne(other) -> bool tensor\nWhether elements differ.\n> orepa.arange(3):ne(2)"},
     {"lt", NULL, "t:lt(other) -> bool tensor\nLess than.\n> orepa.arange(3):lt(2)"},
     {"le", NULL, "t:le(other) -> bool tensor\nLess than or equal.\n> orepa.arange(3):le(2)"},
@@ -129,19 +133,22 @@ static int l_reduce(lua_State *L) {
 static const struct {
   const char *name, *text;
 } reductions[OREPA_REDUCTIONS] = {
-    [OREPA_SUM] = {"sum", "t:sum(dims..., {keepdim=}) -> tensor\nThe sum over some dimensions, or over all. Integers and "
-                          "bools give int64.\n> orepa.ones(2, 3):sum(2)"},
+    [OREPA_SUM] = {"sum",
+                   "t:sum(dims..., {keepdim=}) -> tensor\nThe sum over some dimensions, or over all. Integers and "
+                   "bools give int64.\n> orepa.ones(2, 3):sum(2)"},
     [OREPA_MEAN] = {"mean", "t:mean(dims..., {keepdim=}) -> tensor\nThe mean over some dimensions, or over all.\n"
                             "> orepa.ones(2, 3):mean()"},
     [OREPA_MAX] = {"max", "t:max(dims..., {keepdim=}) -> tensor\nThe largest element; NaN wins; equals share the "
                           "gradient.\n> orepa.arange(4):max()"},
     [OREPA_MIN] = {"min", "t:min(dims..., {keepdim=}) -> tensor\nThe smallest element.\n> orepa.arange(4):min()"},
-    [OREPA_ARGMAX] = {"argmax", "t:argmax(dim, {keepdim=}) -> int64 tensor\nWhere the largest element is, counted from 0 "
-                                "like labels; the first of equals.\n> orepa.arange(4):argmax(1)"},
+    [OREPA_ARGMAX] = {"argmax",
+                      "t:argmax(dim, {keepdim=}) -> int64 tensor\nWhere the largest element is, counted from 0 "
+                      "like labels; the first of equals.\n> orepa.arange(4):argmax(1)"},
     [OREPA_ARGMIN] = {"argmin", "t:argmin(dim, {keepdim=}) -> int64 tensor\nWhere the smallest is, counted from 0.\n"
                                 "> orepa.arange(4):argmin(1)"},
     [OREPA_ALL] = {"all", "t:all(dims..., {keepdim=}) -> bool tensor\nWhether no element is 0.\n> orepa.ones(2):all()"},
-    [OREPA_ANY] = {"any", "t:any(dims..., {keepdim=}) -> bool tensor\nWhether some element is not 0.\n> orepa.ones(2):any()"},
+    [OREPA_ANY] = {"any",
+                   "t:any(dims..., {keepdim=}) -> bool tensor\nWhether some element is not 0.\n> orepa.ones(2):any()"},
 };
 
 static void register_reductions(lua_State *L) {
@@ -182,8 +189,9 @@ static const bind_row methods[] = {
     {"matmul", l_matmul,
      "t:matmul(other) -> tensor\nThe matrix product (..., M, K) . (..., K, N), leading dimensions broadcast.\n"
      "> orepa.ones(2, 3):matmul(orepa.ones(3, 4))"},
-    {"copy_", l_copy, "t:copy_(source) -> t\nWrites the source, broadcast and converted, into t.\n"
-                      "> orepa.zeros(2, 3):copy_(orepa.ones(3))"},
+    {"copy_", l_copy,
+     "t:copy_(source) -> t\nWrites the source, broadcast and converted, into t.\n"
+     "> orepa.zeros(2, 3):copy_(orepa.ones(3))"},
     {"fill_", l_fill, "t:fill_(value) -> t\nWrites one value everywhere.\n> orepa.zeros(2):fill_(3)"},
     {"zero_", l_zero, "t:zero_() -> t\nWrites zeros.\n> orepa.ones(2):zero_()"},
     {NULL, NULL, NULL},

@@ -112,11 +112,13 @@ static int l_save(lua_State *L) {
 
 static const bind_row rows[] = {
     {"load", l_load,
-     "load(path, {device=}) -> tensors, metadata, names\nReads a safetensors file: a table from names to tensors, one of "
+     "load(path, {device=}) -> tensors, metadata, names\nReads a safetensors file: a table from names to tensors, one "
+     "of "
      "strings, and the names in the file's order.\n"
      "> local p = os.tmpname(); orepa.save(p, {x = orepa.ones(2)}); return orepa.load(p)"},
     {"save", l_save,
-     "save(path, tensors, metadata, names)\nWrites a safetensors file: beside the path, synced, then renamed, so that the "
+     "save(path, tensors, metadata, names)\nWrites a safetensors file: beside the path, synced, then renamed, so that "
+     "the "
      "path never holds half a file. `names` gives the order, sorted if it is left out.\n"
      "> orepa.save(os.tmpname(), {x = orepa.ones(2)}, {origin = \"example\"})"},
     {NULL, NULL, NULL},

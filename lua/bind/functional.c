@@ -43,7 +43,8 @@ static int l_linear(lua_State *L) {
 }
 
 static int l_batch_norm(lua_State *L) {
-  static const char *const known[] = {"weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", NULL};
+  static const char *const known[] = {"weight",   "bias",     "running_mean", "running_var",
+                                      "training", "momentum", "eps",          NULL};
   static const char *const fields[] = {"weight", "bias", "running_mean", "running_var"};
   orepa_tensor *x = bind_tensor(L, 1), *channels[4] = {NULL};
   int options = bind_options(L, 2, "batch_norm", known);
@@ -136,7 +137,8 @@ static int l_cross_entropy(lua_State *L) {
 static const bind_row rows[] = {
     {"conv2d", l_conv2d,
      "F.conv2d(x, weight, bias, {stride=, padding=, dilation=, groups=}) -> tensor\n"
-     "Cross-correlation of x (N, I, H, W) with weight (O, I/groups, KH, KW); bias (O) may be left out. Sizes are a number or "
+     "Cross-correlation of x (N, I, H, W) with weight (O, I/groups, KH, KW); bias (O) may be left out. Sizes are a "
+     "number or "
      "{height, width}; stride 1, padding 0, dilation 1, groups 1.\n"
      "> F.conv2d(orepa.ones(1, 3, 8, 8), orepa.ones(4, 3, 3, 3), {padding = 1})"},
     {"linear", l_linear,
@@ -144,11 +146,13 @@ static const bind_row rows[] = {
      "out.\n> F.linear(orepa.ones(2, 3), orepa.ones(4, 3))"},
     {"batch_norm", l_batch_norm,
      "F.batch_norm(x, {weight=, bias=, running_mean=, running_var=, training=, momentum=, eps=}) -> tensor\n"
-     "Normalises each channel of x (N, C, ...): by the batch's statistics while training, which updates the running ones; else "
+     "Normalises each channel of x (N, C, ...): by the batch's statistics while training, which updates the running "
+     "ones; else "
      "by the running ones.\n> F.batch_norm(orepa.randn(4, 3, 2, 2), {training = true})"},
     {"max_pool2d", l_max_pool2d,
      "F.max_pool2d(x, {kernel_size=, stride=, padding=, dilation=, ceil_mode=}) -> tensor\nThe largest element of each "
-     "window; the stride is the kernel's size if not given.\n> F.max_pool2d(orepa.ones(1, 1, 4, 4), {kernel_size = 2})"},
+     "window; the stride is the kernel's size if not given.\n> F.max_pool2d(orepa.ones(1, 1, 4, 4), {kernel_size = "
+     "2})"},
     {"avg_pool2d", l_avg_pool2d,
      "F.avg_pool2d(x, {kernel_size=, stride=, padding=, ceil_mode=, count_include_pad=}) -> tensor\nThe mean of each "
      "window.\n> F.avg_pool2d(orepa.ones(1, 1, 4, 4), {kernel_size = 2})"},
@@ -158,14 +162,17 @@ static const bind_row rows[] = {
     {"adaptive_max_pool2d", l_adaptive_max_pool2d,
      "F.adaptive_max_pool2d(x, {output_size=}) -> tensor\nThe same with the largest elements.\n"
      "> F.adaptive_max_pool2d(orepa.ones(1, 1, 7, 5), {output_size = {2, 3}})"},
-    {"softmax", l_softmax, "F.softmax(x, dim) -> tensor\nExponentials that sum to 1 along a dimension.\n"
-                           "> F.softmax(orepa.ones(2, 4), 2)"},
-    {"log_softmax", l_log_softmax, "F.log_softmax(x, dim) -> tensor\nThe logarithm of softmax, accurate.\n"
-                                   "> F.log_softmax(orepa.ones(2, 4), -1)"},
+    {"softmax", l_softmax,
+     "F.softmax(x, dim) -> tensor\nExponentials that sum to 1 along a dimension.\n"
+     "> F.softmax(orepa.ones(2, 4), 2)"},
+    {"log_softmax", l_log_softmax,
+     "F.log_softmax(x, dim) -> tensor\nThe logarithm of softmax, accurate.\n"
+     "> F.log_softmax(orepa.ones(2, 4), -1)"},
     {"relu", l_relu, "F.relu(x) -> tensor\nNegative elements become 0; NaN stays.\n> F.relu(orepa.tensor({-1, 2}))"},
     {"cross_entropy", l_cross_entropy,
      "F.cross_entropy(logits, labels, {label_smoothing=, ignore_index=, reduction=}) -> tensor\n"
-     "The mean (or, with reduction = \"none\", each row's) negative log-likelihood. logits (N, C) with int64 labels (N) that "
+     "The mean (or, with reduction = \"none\", each row's) negative log-likelihood. logits (N, C) with int64 labels "
+     "(N) that "
      "count from 0, or (N, C, H, W) with (N, H, W). Rows labelled ignore_index (-100) don't count.\n"
      "> F.cross_entropy(orepa.randn(2, 5), orepa.tensor({0, 4}, {dtype = \"int64\"}))"},
     {NULL, NULL, NULL},

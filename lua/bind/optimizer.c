@@ -53,7 +53,8 @@ static int l_sgd_step(lua_State *L) {
     luaL_checktype(L, k, LUA_TTABLE);
   int options = bind_options(L, OPTIONS, "sgd_step", known), count, moved = 0;
   double lr = bind_option_number(L, options, "lr", 0), decay = bind_option_number(L, options, "weight_decay", 0);
-  orepa_sgd_options o = {bind_option_number(L, options, "momentum", 0), bind_option_boolean(L, options, "nesterov", false)};
+  orepa_sgd_options o = {bind_option_number(L, options, "momentum", 0),
+                         bind_option_boolean(L, options, "nesterov", false)};
   orepa_tensor **p = tensor_list(L, PARAMETERS, &count);
   size_t room = (size_t)count * sizeof(orepa_tensor *) + 1;
   orepa_tensor **g = lua_newuserdatauv(L, room, 0), **v = lua_newuserdatauv(L, room, 0);
@@ -103,16 +104,20 @@ static int l_gradient_square_sums(lua_State *L) {
 
 static const bind_row rows[] = {
     {"sgd_step", l_sgd_step,
-     "sgd_step(parameters, velocities, rate_factors, decay_factors, {lr=, weight_decay=, momentum=, nesterov=})\nOne step of "
-     "SGD over all parameters of a list that have a gradient, in one pass; optim.SGD is the class around it. With momentum, "
+     "sgd_step(parameters, velocities, rate_factors, decay_factors, {lr=, weight_decay=, momentum=, nesterov=})\nOne "
+     "step of "
+     "SGD over all parameters of a list that have a gradient, in one pass; optim.SGD is the class around it. With "
+     "momentum, "
      "velocities that are missing are made. lr and weight_decay are multiplied by each parameter's factors.\n"
      "> local p = nn.Parameter(orepa.ones(2)); p:sum():backward(); orepa.sgd_step({p}, {}, {1}, {1}, {lr = 0.1})"},
     {"gradient_square_sums", l_gradient_square_sums,
-     "gradient_square_sums(parameters) -> list of numbers\nThe sum of squares of each parameter's gradient, 0 where it has "
+     "gradient_square_sums(parameters) -> list of numbers\nThe sum of squares of each parameter's gradient, 0 where it "
+     "has "
      "none; finite where the gradient is. One copy from the device.\n"
      "> local p = nn.Parameter(orepa.ones(2)); p:sum():backward(); return orepa.gradient_square_sums({p})"},
     {"square_sums", l_square_sums,
-     "square_sums(tensors) -> float64 tensor\nThe sum of squares of each tensor of a list; finite where the tensor is.\n"
+     "square_sums(tensors) -> float64 tensor\nThe sum of squares of each tensor of a list; finite where the tensor "
+     "is.\n"
      "> orepa.square_sums({orepa.ones(2), orepa.ones(3)})"},
     {NULL, NULL, NULL},
 };

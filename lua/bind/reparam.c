@@ -73,8 +73,8 @@ static int slot_of(lua_State *L, int64_t slot) {
 }
 
 static int l_leaf(lua_State *L) {
-  static const char *const known[] = {"kind", "slot", "input", "output", "groups", "kernel", "plus_identity", "interleave",
-                                      NULL};
+  static const char *const known[] = {"kind",   "slot",          "input",      "output", "groups",
+                                      "kernel", "plus_identity", "interleave", NULL};
   static const int64_t one[2] = {1, 1};
   int options = bind_options(L, 1, "leaf", known);
   if (!options)
@@ -172,7 +172,8 @@ static int l_prior(lua_State *L) {
 }
 
 static int l_identity_kernel(lua_State *L) {
-  int64_t rows = bind_integer(L, 1, "identity_kernel: the rows"), columns = bind_integer(L, 2, "identity_kernel: the columns");
+  int64_t rows = bind_integer(L, 1, "identity_kernel: the rows"),
+          columns = bind_integer(L, 2, "identity_kernel: the columns");
   int64_t kernel[2];
   pair_argument(L, 3, kernel);
   bind_kind kind = bind_kind_option(L, 4, "identity_kernel");
@@ -183,9 +184,15 @@ static int l_identity_kernel(lua_State *L) {
 
 /* Not for users: the language of blocks is built on these. */
 static const bind_row rows[] = {
-    {"leaf", l_leaf, NULL},         {"chain", l_chain, NULL},   {"scale", l_scale, NULL},
-    {"sum", l_sum, NULL},           {"branch", l_branch, NULL}, {"squeeze", l_squeeze, NULL},
-    {"set_fast", l_set_fast, NULL}, {"prior", l_prior, NULL},   {"identity_kernel", l_identity_kernel, NULL},
+    {"leaf", l_leaf, NULL},
+    {"chain", l_chain, NULL},
+    {"scale", l_scale, NULL},
+    {"sum", l_sum, NULL},
+    {"branch", l_branch, NULL},
+    {"squeeze", l_squeeze, NULL},
+    {"set_fast", l_set_fast, NULL},
+    {"prior", l_prior, NULL},
+    {"identity_kernel", l_identity_kernel, NULL},
     {NULL, NULL, NULL},
 };
 

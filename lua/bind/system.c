@@ -43,7 +43,10 @@ static int l_memory(lua_State *L) {
   const struct {
     const char *name;
     size_t value;
-  } fields[] = {{"live", info.live}, {"cached", info.cached}, {"peak", info.peak}, {"limit", info.limit},
+  } fields[] = {{"live", info.live},
+                {"cached", info.cached},
+                {"peak", info.peak},
+                {"limit", info.limit},
                 {"system", info.system}};
   lua_newtable(L);
   for (size_t k = 0; k < sizeof fields / sizeof *fields; k++) {
@@ -118,20 +121,26 @@ static const bind_row rows[] = {
      "memory(device) -> {live=, cached=, peak=, limit=, system=, collections=}\nBytes in use, kept for reuse, the most "
      "ever in use, and the most allowed; how often the system was asked, and how often Lua's collector was run.\n"
      "> orepa.memory().live"},
-    {"reset_peak", l_reset_peak, "reset_peak(device)\nLets memory().peak start again from what is live.\n> orepa.reset_peak()"},
+    {"reset_peak", l_reset_peak,
+     "reset_peak(device)\nLets memory().peak start again from what is live.\n> orepa.reset_peak()"},
     {"set_memory_limit", l_set_memory_limit,
      "set_memory_limit(bytes, device)\nThe most that may be held; nil goes back to what the system allows.\n"
      "> orepa.set_memory_limit(nil)"},
-    {"empty_cache", l_empty_cache, "empty_cache(device)\nGives memory kept for reuse back to the system.\n"
-                                   "> orepa.empty_cache()"},
-    {"set_threads", l_set_threads, "set_threads(count)\nHow many threads kernels use.\n> orepa.set_threads(orepa.threads())"},
+    {"empty_cache", l_empty_cache,
+     "empty_cache(device)\nGives memory kept for reuse back to the system.\n"
+     "> orepa.empty_cache()"},
+    {"set_threads", l_set_threads,
+     "set_threads(count)\nHow many threads kernels use.\n> orepa.set_threads(orepa.threads())"},
     {"threads", l_threads, "threads() -> integer\nHow many threads kernels use.\n> orepa.threads()"},
     {"clock", l_clock, "clock() -> seconds\nA monotonic clock.\n> orepa.clock()"},
-    {"build_info", l_build_info, "build_info() -> string\nLibraries with their versions, and the processor's features.\n"
-                                 "> orepa.build_info()"},
-    {"is_terminal", l_is_terminal, "is_terminal() -> boolean\nWhether standard output is a terminal.\n> orepa.is_terminal()"},
-    {"fail", l_fail, "fail(message)\nRaises an error at the line of the user's code that led here.\n"
-                     "> pcall(orepa.fail, \"no\")"},
+    {"build_info", l_build_info,
+     "build_info() -> string\nLibraries with their versions, and the processor's features.\n"
+     "> orepa.build_info()"},
+    {"is_terminal", l_is_terminal,
+     "is_terminal() -> boolean\nWhether standard output is a terminal.\n> orepa.is_terminal()"},
+    {"fail", l_fail,
+     "fail(message)\nRaises an error at the line of the user's code that led here.\n"
+     "> pcall(orepa.fail, \"no\")"},
     {NULL, NULL, NULL},
 };
 

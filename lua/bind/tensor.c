@@ -407,7 +407,8 @@ static const bind_row functions[] = {
     {"randn", l_randn,
      "randn(sizes..., {dtype=, device=}) -> tensor\nNormal numbers of mean 0 and deviation 1.\n> orepa.randn(2, 3)"},
     {"arange", l_arange,
-     "arange([first,] last[, step], {dtype=, device=}) -> tensor\nfirst, first + step, ... up to last, which is included; "
+     "arange([first,] last[, step], {dtype=, device=}) -> tensor\nfirst, first + step, ... up to last, which is "
+     "included; "
      "first and step are 1 if not given.\n> orepa.arange(5)\n> orepa.arange(0, 1, 0.25)"},
     {"is_tensor", l_is_tensor, "is_tensor(x) -> boolean\nWhether x is a tensor.\n> orepa.is_tensor(1)"},
     {NULL, NULL, NULL},
@@ -423,14 +424,20 @@ static const bind_row methods[] = {
      "t:version() -> integer\nGrows with every write to the tensor's storage, which views share.\n"
      "> orepa.ones(1):version()"},
     {"release", l_release,
-     "t:release()\nGives up this handle's reference before the collector does. What graphs or other handles hold stays.\n"
+     "t:release()\nGives up this handle's reference before the collector does. What graphs or other handles hold "
+     "stays.\n"
      "> orepa.ones(1):release()"},
     {NULL, NULL, NULL},
 };
 
 static const luaL_Reg metamethods[] = {
-    {"__tostring", l_tostring}, {"__newindex", l_newindex}, {"__gc", l_release}, {"__close", l_release},
-    {"__eq", l_eq},             {"__len", l_len},           {NULL, NULL},
+    {"__tostring", l_tostring},
+    {"__newindex", l_newindex},
+    {"__gc", l_release},
+    {"__close", l_release},
+    {"__eq", l_eq},
+    {"__len", l_len},
+    {NULL, NULL},
 };
 
 void bind_push_methods(lua_State *L) {

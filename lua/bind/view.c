@@ -193,24 +193,30 @@ static const bind_row functions[] = {
 
 static const bind_row methods[] = {
     {"reshape", l_reshape,
-     "t:reshape(sizes...) -> tensor\nThe elements in logical order under another shape; one size may be -1. A view where "
+     "t:reshape(sizes...) -> tensor\nThe elements in logical order under another shape; one size may be -1. A view "
+     "where "
      "strides allow, else a copy.\n> orepa.arange(6):reshape(2, -1)"},
     {"flatten", l_flatten,
      "t:flatten(dim) -> tensor\nDimensions from `dim` (the first) on become one.\n> orepa.ones(2, 3, 4):flatten(2)"},
-    {"permute", l_permute, "t:permute(dims...) -> tensor\nA view with dimensions in another order.\n"
-                           "> orepa.ones(2, 3, 4):permute(3, 1, 2)"},
+    {"permute", l_permute,
+     "t:permute(dims...) -> tensor\nA view with dimensions in another order.\n"
+     "> orepa.ones(2, 3, 4):permute(3, 1, 2)"},
     {"transpose", l_transpose,
      "t:transpose(dim, other) -> tensor\nA view with two dimensions exchanged; a matrix needs none named.\n"
      "> orepa.ones(2, 3):transpose()"},
     {"slice", l_slice,
-     "t:slice(dim, first, last, step) -> tensor\nA view of positions first to last, both included; they count from 1, -1 "
+     "t:slice(dim, first, last, step) -> tensor\nA view of positions first to last, both included; they count from 1, "
+     "-1 "
      "is the last.\n> orepa.arange(5):slice(1, 2, -1)"},
-    {"select", l_select, "t:select(dim, position) -> tensor\nA view of one position; the dimension goes away.\n"
-                         "> orepa.ones(2, 3):select(2, -1)"},
-    {"expand", l_expand, "t:expand(sizes...) -> tensor\nA view that repeats dimensions of size 1; new ones come first.\n"
-                         "> orepa.ones(3, 1):expand(3, 4)"},
-    {"contiguous", l_contiguous, "t:contiguous() -> tensor\nThe tensor itself, or a contiguous copy of it.\n"
-                                 "> orepa.ones(2, 3):transpose():contiguous()"},
+    {"select", l_select,
+     "t:select(dim, position) -> tensor\nA view of one position; the dimension goes away.\n"
+     "> orepa.ones(2, 3):select(2, -1)"},
+    {"expand", l_expand,
+     "t:expand(sizes...) -> tensor\nA view that repeats dimensions of size 1; new ones come first.\n"
+     "> orepa.ones(3, 1):expand(3, 4)"},
+    {"contiguous", l_contiguous,
+     "t:contiguous() -> tensor\nThe tensor itself, or a contiguous copy of it.\n"
+     "> orepa.ones(2, 3):transpose():contiguous()"},
     {"is_contiguous", l_is_contiguous,
      "t:is_contiguous() -> boolean\nWhether its memory is dense: channels-last for 4 dimensions, else row-major.\n"
      "> orepa.ones(2, 3):is_contiguous()"},
@@ -220,7 +226,8 @@ static const bind_row methods[] = {
      "t:to(type or device) -> tensor\nConverted or moved; the tensor itself if nothing changes. Also t:to{dtype=, "
      "device=}.\n> orepa.ones(2):to(\"bfloat16\")\n> orepa.ones(2):to{dtype = \"float64\", device = \"ref\"}"},
     {"move_", l_move,
-     "t:move_(type or device) -> t\nConverts or moves a leaf and its gradient in place: what else holds the tensor sees it "
+     "t:move_(type or device) -> t\nConverts or moves a leaf and its gradient in place: what else holds the tensor "
+     "sees it "
      "there. Arguments as of t:to.\n> orepa.ones(2):move_(\"float64\")"},
     {NULL, NULL, NULL},
 };

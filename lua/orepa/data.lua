@@ -73,15 +73,16 @@ end
 document("data.images", [[
   data.images{images=, labels=, classes=} -> dataset
   A dataset of images in memory: uint8 or float32 (N, H, W) or (N, C, H, W), integer labels (N) that count from 0.
-  > data.images{images = orepa.zeros({4, 8, 8}, {dtype = "uint8"}), labels = orepa.zeros({4}, {dtype = "int64"}), classes = 2}.size]])
+  > local labels = orepa.zeros({4}, {dtype = "int64"})
+  > return data.images{images = orepa.zeros({4, 8, 8}, {dtype = "uint8"}), labels = labels, classes = 2}.size]])
 document("data.part", [[
   data.part(dataset, first, last) -> dataset
   Samples first to last, counted from 1, both included: views, not copies.
   > local d = data.images{images = orepa.zeros(4, 8, 8), labels = orepa.zeros({4}, {dtype = "int64"}), classes = 2}
   > return data.part(d, 2, 3).size]])
 document("data.loader", [[
-  data.loader{dataset=, batch_size=, shuffle=, seed=, augment=, padding=, crop=, flip=, mean=, deviation=, device=, drop_last=} -> loader
-  loader:epoch(n) iterates over (images, labels). What a sample gets depends on seed, epoch and its position in the dataset.
+  data.loader{dataset=, batch_size=, shuffle=, seed=, augment=, padding=, crop=, flip=, mean=, deviation=, device=, ...} -> loader
+  loader:epoch(n) iterates over (images, labels); with drop_last no batch is smaller. What a sample gets depends on seed, epoch and its position in the dataset.
   > local d = data.images{images = orepa.zeros(4, 8, 8), labels = orepa.zeros({4}, {dtype = "int64"}), classes = 2}
   > for images, labels in data.loader{dataset = d, batch_size = 3, shuffle = true}:epoch(1) do assert(#images == #labels) end]])
 

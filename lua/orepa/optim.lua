@@ -125,7 +125,7 @@ document("optim.SGD", [[
   g = grad + weight_decay*p; v = momentum*v + g; p -= lr*v. `groups` is a list of parameters or what optim.param_groups gives.
   opt:step() and opt:zero_grad(); opt.lr may be assigned; opt:gradient_norm() gives the norm of all gradients, and the name of
   the first parameter whose gradient is not finite.
-  > local p = nn.Parameter(orepa.ones(2)); local opt = optim.SGD({p}, {lr = 0.1}); (p * p):sum():backward(); opt:step(); return p]])
+  > local p = nn.Parameter(orepa.ones(2)); local opt = optim.SGD({p}, {lr = 0.1}); (p * p):sum():backward(); opt:step()]])
 document("opt:step", [[
   opt:step()
   Changes all parameters that have a gradient.

@@ -216,7 +216,7 @@ local function build_branch(plan, b, s)
   plan.path = namer(plan.root, s.branch)
   for k, l in ipairs(layers) do
     if has_parameters[l[FORM]] then number = number + 1 end
-    local root, path, kernel = plan.root, plan.path, nil
+    local root, path, kernel = plan.root, plan.path
     trees[k], c, kernel = build_layer(plan, l, { where = s.where, branch = s.branch, position = k, channels = c,
       out = s.out, last = k == last, number = with_parameters > 1 and tostring(number) or "", init = s.init })
     plan.root, plan.path = root, path -- a nest has its own
@@ -286,8 +286,8 @@ local function plain_kernel(plan, o)
   local l = entries(branch, plan.where, "layers")[1]
   if #plan.parameters > 1 or plan.slots > 1 or l[FORM] ~= "conv" or l.plus_identity or l.interleave then return nil end
   local groups, shape = l.groups or o.groups, p.shape
-  local whole = shape[3] == o.kernel_size[1] and shape[4] == o.kernel_size[2]
-  return whole and groups == o.groups and p.name or nil
+  local fills = shape[3] == o.kernel_size[1] and shape[4] == o.kernel_size[2]
+  return fills and groups == o.groups and p.name or nil
 end
 
 function reparam.compile(o, where)

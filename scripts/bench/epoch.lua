@@ -25,11 +25,8 @@ local function output_of(command)
   return text
 end
 
-local program = "/proc/self/exe"
-do
-  local link <close> = assert(io.popen("readlink /proc/" .. io.open("/proc/self/stat"):read "n" .. "/exe"))
-  program = link:read "l"
-end
+local stat <close> = assert(io.open "/proc/self/stat") -- begins with the process's number
+local program = output_of(("readlink /proc/%d/exe"):format(stat:read "n")):match "[^\n]+"
 
 local function ours(reparam)
   return function()
@@ -46,8 +43,8 @@ end
 
 local function peer(mode)
   return function()
-    local text = output_of(("%s scripts/bench/peers/pytorch_orepa.py --reparam orepa --width %g --epochs 1 --threads %d --mode %s --json")
-      :format(quoted(args.python), args.width, args.threads, mode))
+    local options = ("--reparam orepa --width %g --epochs 1 --threads %d --mode %s --json"):format(args.width, args.threads, mode)
+    local text = output_of(("%s scripts/bench/peers/pytorch_orepa.py %s"):format(quoted(args.python), options))
     return cjson.decode(text).seconds
   end
 end

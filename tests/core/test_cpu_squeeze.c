@@ -5,8 +5,8 @@
 
 enum { MOST_TERMS = 8 };
 
-/* The numbers of the formula, and for each the root of its summands' squares: what a sum of that kind amounts to where it
- * doesn't happen to cancel. */
+/* The numbers of the formula, and for each the root of its summands' squares: what a sum of that kind amounts to where
+ * it doesn't happen to cancel. */
 typedef struct {
   double *value, *squares;
   int64_t count;
@@ -23,8 +23,8 @@ static void sums_add(sums *s, int64_t k, double x) {
   s->squares[k] += x * x;
 }
 
-/* The largest error relative to the largest magnitude. Frees the sums. `positions`: element k of the sums is the array's
- * k-th number in memory, else in logical order. */
+/* The largest error relative to the largest magnitude. Frees the sums. `positions`: element k of the sums is the
+ * array's k-th number in memory, else in logical order. */
 static double sums_error(sums *s, const device_array *a, bool positions) {
   double error = 0, magnitude = 0;
   for (int64_t k = 0; k < s->count; k++) {
@@ -147,8 +147,8 @@ static int64_t kernel_position(const device_array *a, int64_t o, int64_t i, int6
   return ((o * a->shape[2] + h) * a->shape[3] + w) * a->shape[1] + i;
 }
 
-/* The n-th of the products that a term adds to w[o,i,h,w]: positions in a and b, and what is added to b's number. Position
- * -1: no such factor. False where there are no more. */
+/* The n-th of the products that a term adds to w[o,i,h,w]: positions in a and b, and what is added to b's number.
+ * Position -1: no such factor. False where there are no more. */
 static bool factors(const problem *p, const device_term *t, int64_t o, int64_t i, int64_t h, int64_t w, int64_t n,
                     int64_t *a, int64_t *b, double *plus) {
   const device_array *spatial = t->kind == TERM_DEPTHWISE ? &t->b : &t->a;
@@ -312,8 +312,8 @@ static problem random_problem(uint64_t seed) {
 static void test_blocks(void **state) {
   (void)state;
   static const int64_t shapes[][4] = {/* groups, outputs, channels of a group, kernel size */
-                                      {1, 16, 16, 3}, {1, 64, 3, 3},  {1, 40, 24, 3}, {2, 24, 12, 5}, {8, 32, 4, 3},
-                                      {32, 64, 2, 3}, {24, 24, 1, 3}, {12, 24, 1, 7}, {1, 96, 64, 3}, {1, 64, 128, 3},
+                                      {1, 16, 16, 3},  {1, 64, 3, 3},  {1, 40, 24, 3}, {2, 24, 12, 5}, {8, 32, 4, 3},
+                                      {32, 64, 2, 3},  {24, 24, 1, 3}, {12, 24, 1, 7}, {1, 96, 64, 3}, {1, 64, 128, 3},
                                       {1, 128, 96, 1}, {4, 32, 40, 2}, {1, 1, 1, 3}};
   for (size_t n = 0; n < sizeof shapes / sizeof *shapes; n++) {
     problem p = orepa_problem(shapes[n][0], shapes[n][1], shapes[n][2], shapes[n][3]);
@@ -453,14 +453,14 @@ static void compose_all_ways(const orepa_device *device, composed *c) {
   test_array *results[] = {&c->w, &c->dafter, &c->dbefore};
   for (int n = 0; n < 3; n++)
     fill_with_nan(results[n]);
+  assert_int_equal(device->compose(&context, &c->w.a, &c->after.a, c->na, &c->before.a, c->nb, c->groups, c->turn),
+                   DEVICE_DONE);
   assert_int_equal(
-      device->compose(&context, &c->w.a, &c->after.a, c->na, &c->before.a, c->nb, c->groups, c->turn), DEVICE_DONE);
-  assert_int_equal(device->compose_backward_after(&context, &c->dafter.a, c->na, &c->dw.a, &c->before.a, c->nb,
-                                                  c->groups, c->turn),
-                   DEVICE_DONE);
-  assert_int_equal(device->compose_backward_before(&context, &c->dbefore.a, c->nb, &c->dw.a, &c->after.a, c->na,
-                                                   c->groups, c->turn),
-                   DEVICE_DONE);
+      device->compose_backward_after(&context, &c->dafter.a, c->na, &c->dw.a, &c->before.a, c->nb, c->groups, c->turn),
+      DEVICE_DONE);
+  assert_int_equal(
+      device->compose_backward_before(&context, &c->dbefore.a, c->nb, &c->dw.a, &c->after.a, c->na, c->groups, c->turn),
+      DEVICE_DONE);
   for (int n = 0; n < 3; n++)
     assert_true(test_clean(results[n]));
   test_context_free(&context);
@@ -516,12 +516,13 @@ static void test_compose(void **state) {
     int64_t after[2] = {pick(&seed, 1, 4), pick(&seed, 1, 4)}, before[2] = {pick(&seed, 1, 3), pick(&seed, 1, 4)};
     if (n % 10 == 0)
       each[pick(&seed, 0, 2)] = 0;
-    composed c = new_composed(n % 2 ? OREPA_FLOAT64 : OREPA_FLOAT32, groups, na, nb, each, after, before,
-                              pick(&seed, 0, 1));
+    composed c =
+        new_composed(n % 2 ? OREPA_FLOAT64 : OREPA_FLOAT32, groups, na, nb, each, after, before, pick(&seed, 0, 1));
     check_composed(&c);
     free_composed(&c);
   }
-  composed c = new_composed(OREPA_FLOAT32, 1, 1, 1, (int64_t[]){40, 150, 300}, (int64_t[]){3, 1}, (int64_t[]){1, 3}, true);
+  composed c =
+      new_composed(OREPA_FLOAT32, 1, 1, 1, (int64_t[]){40, 150, 300}, (int64_t[]){3, 1}, (int64_t[]){1, 3}, true);
   check_composed(&c); /* larger than a block in every direction */
   free_composed(&c);
 }
@@ -532,7 +533,8 @@ static void test_compose_against_ref(void **state) {
     for_each_isa(device) {
       composed own = new_composed(n % 2 ? OREPA_FLOAT64 : OREPA_FLOAT32, 2, 4, 6, (int64_t[]){3, 5, 1},
                                   (int64_t[]){3, 2}, (int64_t[]){3, 3}, n / 2);
-      composed ref = new_composed(own.dtype, 2, 4, 6, (int64_t[]){3, 5, 1}, (int64_t[]){3, 2}, (int64_t[]){3, 3}, n / 2);
+      composed ref =
+          new_composed(own.dtype, 2, 4, 6, (int64_t[]){3, 5, 1}, (int64_t[]){3, 2}, (int64_t[]){3, 3}, n / 2);
       double tolerance = own.dtype == OREPA_FLOAT64 ? 1e-13 : 2e-6;
       compose_all_ways(device, &own);
       compose_all_ways(ref_device(), &ref);
@@ -570,7 +572,8 @@ static void test_compose_unsupported(void **state) {
   (void)state;
   for_each_isa(device) {
     device_context context = test_context(device);
-    composed c = new_composed(OREPA_BFLOAT16, 1, 1, 1, (int64_t[]){2, 2, 2}, (int64_t[]){3, 3}, (int64_t[]){1, 1}, false);
+    composed c =
+        new_composed(OREPA_BFLOAT16, 1, 1, 1, (int64_t[]){2, 2, 2}, (int64_t[]){3, 3}, (int64_t[]){1, 1}, false);
     assert_int_equal(device->compose(&context, &c.w.a, &c.after.a, 1, &c.before.a, 1, 1, false), DEVICE_UNSUPPORTED);
     free_composed(&c);
     test_context_free(&context);
@@ -579,11 +582,11 @@ static void test_compose_unsupported(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_blocks),        cmocka_unit_test(test_random_terms), cmocka_unit_test(test_some_taps),
-      cmocka_unit_test(test_empty),         cmocka_unit_test(test_threads),
-      cmocka_unit_test(test_unsupported),   cmocka_unit_test(test_compose),
-      cmocka_unit_test(test_compose_against_ref), cmocka_unit_test(test_compose_threads),
-      cmocka_unit_test(test_compose_unsupported),
+      cmocka_unit_test(test_blocks),          cmocka_unit_test(test_random_terms),
+      cmocka_unit_test(test_some_taps),       cmocka_unit_test(test_empty),
+      cmocka_unit_test(test_threads),         cmocka_unit_test(test_unsupported),
+      cmocka_unit_test(test_compose),         cmocka_unit_test(test_compose_against_ref),
+      cmocka_unit_test(test_compose_threads), cmocka_unit_test(test_compose_unsupported),
   };
   return cmocka_run_group_tests_name("squeezing and composing on the cpu", tests, NULL, NULL);
 }

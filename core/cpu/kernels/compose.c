@@ -2,9 +2,9 @@
  * before[t,i,u-a].
  *
  * The middle channels t are cut into segments, so fine that each lies in one group of `after` and in one of `before`. A
- * segment's part of w, and of both gradients, is then one dense matrix product between rows (o,a), channels t and columns
- * (b,i), gathered while they are packed and scattered while they are hot. Segments that add to the same element of w do so
- * in order; no two write to the same element of a gradient. */
+ * segment's part of w, and of both gradients, is then one dense matrix product between rows (o,a), channels t and
+ * columns (b,i), gathered while they are packed and scattered while they are hot. Segments that add to the same element
+ * of w do so in order; no two write to the same element of a gradient. */
 #include <omp.h>
 
 #include "cpu/kernels/kernels.h"
@@ -43,7 +43,8 @@ typedef struct {
   int64_t after_taps, before_taps, w_taps;    /* height * width */
   int64_t after_width, before_width, w_width; /* of a kernel */
   int64_t segments, depth;                    /* depth: the middle channels of one segment */
-  int64_t run, columns;                       /* run: I / nb; columns: before_taps * run, one row of `before` */
+  int64_t channels;                           /* I / nb */
+  int64_t run, columns;                       /* numbers of a tap; columns: before_taps * run, one row of `before` */
   bool turn;
 } composition;
 
@@ -85,8 +86,14 @@ static bool describe(composition *p, const device_array *w, const device_array *
                      .before_width = before->shape[3],
                      .w_width = w->shape[3],
                      .segments = common_multiple(na, nb),
+                     .channels = before->shape[1],
                      .run = before->shape[1],
                      .turn = turn};
+  if (nb == groups) { /* a row of taps lies in w as in `before`, without gaps: it is taken for one tap */
+    p->run *= before->shape[3];
+    p->before_taps = before->shape[2];
+    p->before_width = 1;
+  }
   p->depth = middle / p->segments; /* a whole number: a common multiple of na and nb divides what both divide */
   p->columns = p->before_taps * p->run;
   return true;
@@ -113,10 +120,11 @@ static void *after_row(const composition *p, const void *after, int64_t segment,
 static void *w_row(const composition *p, const void *w, int64_t segment, int64_t o, int64_t a, int64_t b) {
   int64_t in_w = p->before_groups / p->groups, group = segment / (p->segments / p->before_groups);
   int64_t y = a / p->after_width + b / p->before_width, x = a % p->after_width + b % p->before_width;
-  return element(p, w, ((o * p->w_taps + y * p->w_width + x) * in_w + group % in_w) * p->run);
+  return element(p, w, ((o * p->w_taps + y * p->w_width + x) * in_w + group % in_w) * p->channels);
 }
 
-/* Part of one row of `before`: column `first` is channel `i` of tap `b`, and `length` columns on are of the same tap. */
+/* Part of one row of `before`: column `first` is channel `i` of tap `b`, and `length` columns on are of the same tap.
+ */
 typedef struct {
   int64_t b, i, length;
 } column_run;
@@ -419,8 +427,7 @@ device_status KERNEL(compose_backward_before)(device_context *context, const dev
                          .rows = smaller(rows, p.depth - row),
                          .column = column,
                          .columns = smaller(columns, p.columns - column)};
-    before_gradient(&p, dbefore->data, dw->data, after->data, &part,
-                    element(&p, scratch, omp_get_thread_num() * each));
+    before_gradient(&p, dbefore->data, dw->data, after->data, &part, element(&p, scratch, omp_get_thread_num() * each));
   }
   return DEVICE_DONE;
 }

@@ -87,25 +87,23 @@ RUN(same_2, uint16_t, uint16_t, x)
 RUN(same_4, uint32_t, uint32_t, x)
 RUN(same_8, uint64_t, uint64_t, x)
 
-#define PAIRS(PAIR)                                                                                                    \
-  PAIR(FLOAT32, BFLOAT16)                                                                                              \
-  PAIR(FLOAT32, FLOAT16)                                                                                               \
-  PAIR(FLOAT32, FLOAT64)                                                                                               \
-  PAIR(FLOAT32, INT64)                                                                                                 \
-  PAIR(FLOAT32, INT32) PAIR(FLOAT32, UINT8) PAIR(FLOAT32, BOOL) PAIR(BFLOAT16, FLOAT32) PAIR(BFLOAT16, FLOAT16)        \
-      PAIR(BFLOAT16, FLOAT64) PAIR(BFLOAT16, INT64) PAIR(BFLOAT16, INT32) PAIR(BFLOAT16, UINT8) PAIR(BFLOAT16, BOOL)   \
-          PAIR(FLOAT16, FLOAT32) PAIR(FLOAT16, BFLOAT16) PAIR(FLOAT16, FLOAT64) PAIR(FLOAT16, INT64)                   \
-              PAIR(FLOAT16, INT32) PAIR(FLOAT16, UINT8) PAIR(FLOAT16, BOOL) PAIR(FLOAT64, FLOAT32)                     \
-                  PAIR(FLOAT64, BFLOAT16) PAIR(FLOAT64, FLOAT16) PAIR(FLOAT64, INT64) PAIR(FLOAT64, INT32)             \
-                      PAIR(FLOAT64, UINT8) PAIR(FLOAT64, BOOL) PAIR(INT64, FLOAT32) PAIR(INT64, BFLOAT16)              \
-                          PAIR(INT64, FLOAT16) PAIR(INT64, FLOAT64) PAIR(INT64, INT32) PAIR(INT64, UINT8)              \
-                              PAIR(INT64, BOOL) PAIR(INT32, FLOAT32) PAIR(INT32, BFLOAT16) PAIR(INT32, FLOAT16)        \
-                                  PAIR(INT32, FLOAT64) PAIR(INT32, INT64) PAIR(INT32, UINT8) PAIR(INT32, BOOL)         \
-                                      PAIR(UINT8, FLOAT32) PAIR(UINT8, BFLOAT16) PAIR(UINT8, FLOAT16)                  \
-                                          PAIR(UINT8, FLOAT64) PAIR(UINT8, INT64) PAIR(UINT8, INT32) PAIR(UINT8, BOOL) \
-                                              PAIR(BOOL, FLOAT32) PAIR(BOOL, BFLOAT16) PAIR(BOOL, FLOAT16)             \
-                                                  PAIR(BOOL, FLOAT64) PAIR(BOOL, INT64) PAIR(BOOL, INT32)              \
-                                                      PAIR(BOOL, UINT8)
+/* clang-format off */
+#define PAIRS(PAIR)                                                                           \
+  PAIR(FLOAT32, BFLOAT16) PAIR(FLOAT32, FLOAT16) PAIR(FLOAT32, FLOAT64) PAIR(FLOAT32, INT64)  \
+  PAIR(FLOAT32, INT32) PAIR(FLOAT32, UINT8) PAIR(FLOAT32, BOOL) PAIR(BFLOAT16, FLOAT32)       \
+  PAIR(BFLOAT16, FLOAT16) PAIR(BFLOAT16, FLOAT64) PAIR(BFLOAT16, INT64) PAIR(BFLOAT16, INT32) \
+  PAIR(BFLOAT16, UINT8) PAIR(BFLOAT16, BOOL) PAIR(FLOAT16, FLOAT32) PAIR(FLOAT16, BFLOAT16)   \
+  PAIR(FLOAT16, FLOAT64) PAIR(FLOAT16, INT64) PAIR(FLOAT16, INT32) PAIR(FLOAT16, UINT8)       \
+  PAIR(FLOAT16, BOOL) PAIR(FLOAT64, FLOAT32) PAIR(FLOAT64, BFLOAT16) PAIR(FLOAT64, FLOAT16)   \
+  PAIR(FLOAT64, INT64) PAIR(FLOAT64, INT32) PAIR(FLOAT64, UINT8) PAIR(FLOAT64, BOOL)          \
+  PAIR(INT64, FLOAT32) PAIR(INT64, BFLOAT16) PAIR(INT64, FLOAT16) PAIR(INT64, FLOAT64)        \
+  PAIR(INT64, INT32) PAIR(INT64, UINT8) PAIR(INT64, BOOL) PAIR(INT32, FLOAT32)                \
+  PAIR(INT32, BFLOAT16) PAIR(INT32, FLOAT16) PAIR(INT32, FLOAT64) PAIR(INT32, INT64)          \
+  PAIR(INT32, UINT8) PAIR(INT32, BOOL) PAIR(UINT8, FLOAT32) PAIR(UINT8, BFLOAT16)             \
+  PAIR(UINT8, FLOAT16) PAIR(UINT8, FLOAT64) PAIR(UINT8, INT64) PAIR(UINT8, INT32)             \
+  PAIR(UINT8, BOOL) PAIR(BOOL, FLOAT32) PAIR(BOOL, BFLOAT16) PAIR(BOOL, FLOAT16)              \
+  PAIR(BOOL, FLOAT64) PAIR(BOOL, INT64) PAIR(BOOL, INT32) PAIR(BOOL, UINT8)
+/* clang-format on */
 
 #define DEFINE(D, S) RUN(D##_from_##S, stored_##D, stored_##S, MADE_##D(SEEN_##S(x)))
 PAIRS(DEFINE)

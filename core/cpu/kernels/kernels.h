@@ -5,13 +5,15 @@
 
 #include "cpu/cpu.h"
 
-#define KERNEL_ENTRIES(ENTRY)                                                                                          \
-  ENTRY(copy)                                                                                                          \
-  ENTRY(fill) ENTRY(random) ENTRY(elementwise) ENTRY(reduce) ENTRY(square_sums) ENTRY(norm_moments)                    \
-      ENTRY(norm_finalize) ENTRY(norm_apply) ENTRY(norm_backward) ENTRY(max_pool_forward) ENTRY(max_pool_backward)     \
-          ENTRY(avg_pool_forward) ENTRY(avg_pool_backward) ENTRY(softmax_forward) ENTRY(softmax_backward)              \
-              ENTRY(cross_entropy_forward) ENTRY(cross_entropy_backward) ENTRY(sgd) ENTRY(compose)                     \
-                  ENTRY(compose_backward_after) ENTRY(compose_backward_before) ENTRY(squeeze) ENTRY(squeeze_backward)
+/* clang-format off */
+#define KERNEL_ENTRIES(ENTRY)                                                                         \
+  ENTRY(copy) ENTRY(fill) ENTRY(random) ENTRY(elementwise)                                            \
+  ENTRY(reduce) ENTRY(square_sums) ENTRY(norm_moments) ENTRY(norm_finalize)                           \
+  ENTRY(norm_apply) ENTRY(norm_backward) ENTRY(max_pool_forward) ENTRY(max_pool_backward)             \
+  ENTRY(avg_pool_forward) ENTRY(avg_pool_backward) ENTRY(softmax_forward) ENTRY(softmax_backward)     \
+  ENTRY(cross_entropy_forward) ENTRY(cross_entropy_backward) ENTRY(sgd) ENTRY(compose)                \
+  ENTRY(compose_backward_after) ENTRY(compose_backward_before) ENTRY(squeeze) ENTRY(squeeze_backward)
+/* clang-format on */
 
 #define KERNEL_DECLARE(entry) __typeof__(*((orepa_device *)0)->entry) KERNEL(entry);
 KERNEL_ENTRIES(KERNEL_DECLARE)

@@ -35,7 +35,8 @@ static inline int64_t larger(int64_t a, int64_t b) {
   return a > b ? a : b;
 }
 
-/* Asks for part k of `parts` of an array of floats: a panel that is needed next is fetched while this one is worked on. */
+/* Asks for part k of `parts` of an array of floats: a panel that is needed next is fetched while this one is worked on.
+ */
 static ALWAYS_INLINE void fetch_part(const float *array, int64_t count, int64_t k, int64_t parts) {
   for (int64_t i = count * k / parts; i < count * (k + 1) / parts; i += 16)
     __builtin_prefetch(array + i);

@@ -1,8 +1,8 @@
 /* squeeze.c: all terms of a block added up to its one kernel.
  *
- * An output's part of the kernel, one block of channels wide, is summed up term by term in a small array that never leaves
- * the first cache, and written once. Only products are computed before that, straight into the kernel, for as many outputs
- * as stay in the second cache: no term's own kernel is ever in memory. */
+ * An output's part of the kernel, one block of channels wide, is summed up term by term in a small array that never
+ * leaves the first cache, and written once. Only products are computed before that, straight into the kernel, for as
+ * many outputs as stay in the second cache: no term's own kernel is ever in memory. */
 #include "cpu/kernels/squeeze.h"
 
 #include <omp.h>
@@ -190,8 +190,8 @@ typedef struct {
   float *w, scale;
 } product_row;
 
-/* Ends rows of a tile whose columns are channels from `channel` on: adds the identity's part, a[o, t, tap] for each t with
- * t mod I/G = channel, multiplies by the scale, and puts or adds the result to w. */
+/* Ends rows of a tile whose columns are channels from `channel` on: adds the identity's part, a[o, t, tap] for each t
+ * with t mod I/G = channel, multiplies by the scale, and puts or adds the result to w. */
 static void finish_tile(const squeezing *s, const squeeze_term *t, bool add, int64_t rows, const product_row *row,
                         int64_t channel, float *tile) {
   int64_t count = smaller(PRODUCT_COLUMNS(float), s->channels - channel), inner = t->term->plus_identity ? t->inner : 0;
@@ -399,7 +399,8 @@ device_status KERNEL(squeeze)(device_context *context, int64_t groups, const dev
     return DEVICE_UNSUPPORTED;
   bool parallel = worth_threads(&s, terms);
   int threads = parallel ? omp_get_max_threads() : 1;
-  int64_t sum = s.taps * SQUEEZE_CHANNELS, pattern = divide_up(s.taps, 16) * 16, point = s.most_inner[1] * SQUEEZE_CHANNELS;
+  int64_t sum = s.taps * SQUEEZE_CHANNELS, pattern = divide_up(s.taps, 16) * 16,
+          point = s.most_inner[1] * SQUEEZE_CHANNELS;
   int64_t each = sum + pattern + point + divide_up(s.most_inner[0], 16) * 16 * PRODUCT_BLOCK;
   squeeze_scratch scratch = {NULL, 0};
   KERNEL(squeeze_lay_out)(&s, &scratch, terms, 0);

@@ -1,4 +1,5 @@
-/* squeeze.h: what squeezing shares with its gradient: the terms in the form that both passes work on, and their scratch.
+/* squeeze.h: what squeezing shares with its gradient: the terms in the form that both passes work on, and their
+ * scratch.
  *
  * Both walk over outputs o and blocks of SQUEEZE_CHANNELS input channels. What they sum up or copy of a block lies in
  * small arrays of vectors, [column][tap][LANES]: a column is LANES channels, the last one filled up with zeros. Every
@@ -15,10 +16,10 @@ typedef struct {
   int64_t own, taps; /* of its own kernel: all, and those that are used */
   int64_t *source;   /* (own): the used ones' places in its own kernel, then those of the others */
   int64_t *place;    /* (taps): where the used ones lie in the whole kernel */
-  int64_t inner;  /* PRODUCT: T; DEPTHWISE: E */
-  float *packed;  /* PRODUCT: b in panels; DEPTHWISE: b as [group][column][tap][e][LANES] */
-  float *partial; /* DEPTHWISE, backward: chunks of the gradient of b, each in the order of `packed` */
-  double *sums;   /* backward: what <dW[o], the term without scale> has come to, (O) */
+  int64_t inner;     /* PRODUCT: T; DEPTHWISE: E */
+  float *packed;     /* PRODUCT: b in panels; DEPTHWISE: b as [group][column][tap][e][LANES] */
+  float *partial;    /* DEPTHWISE, backward: chunks of the gradient of b, each in the order of `packed` */
+  double *sums;      /* backward: what <dW[o], the term without scale> has come to, (O) */
 } squeeze_term;
 
 typedef struct {
@@ -125,8 +126,9 @@ static inline void turn_matrix(int64_t rows, int64_t columns, const float *from,
 #define HIGH_LANES 4, 12, 5, 13, 6, 14, 7, 15
 #endif
 
-/* LANES rows of eight numbers, one after the other, become eight vectors. In a number's place, channel above e, each round
- * moves one bit of e from the bottom into the vector's number and one bit of the channel from there to the top. */
+/* LANES rows of eight numbers, one after the other, become eight vectors. In a number's place, channel above e, each
+ * round moves one bit of e from the bottom into the vector's number and one bit of the channel from there to the top.
+ */
 static ALWAYS_INLINE void eights_to_lanes(const float *from, float *to) {
   float_lanes v[8], next[8];
 #pragma GCC unroll 8
@@ -212,8 +214,9 @@ static ALWAYS_INLINE void put_scaled(int64_t count, float scale, const float *x,
     y[i] = scale * x[i];
 }
 
-/* A panel whose step k is row k from `first` on, times its factor if there are any: `width` numbers of which the row has
- * `count`. A full step may be written past its end, where the next one follows; so the next panel is packed later. */
+/* A panel whose step k is row k from `first` on, times its factor if there are any: `width` numbers of which the row
+ * has `count`. A full step may be written past its end, where the next one follows; so the next panel is packed later.
+ */
 static ALWAYS_INLINE void pack_rows(int64_t depth, int64_t width, int64_t count, const float *const *row, int64_t first,
                                     const float *factor, float *panel) {
   for (int64_t k = 0; k < depth; k++, panel += width) {

@@ -1,13 +1,13 @@
 /* squeeze_backward.c: from the gradient dW of a squeezed kernel, the gradients of all its terms.
  *
- * Three kinds of work, each cut so that every number has one writer: a pass over outputs and blocks of channels that reads
- * dW once for all terms but products; products dW . (b + E)^T, whose rows end as the gradient of a product's `a` and, on
- * the way, as that of its scale; and products a^T . dW for the gradients of its `b`. A depthwise term's `b` sums over all
- * outputs: each chunk of them, of a size that depends on the block's shape only, has a partial sum, and these are added in
- * their order. So the number of threads changes no bit.
+ * Three kinds of work, each cut so that every number has one writer: a pass over outputs and blocks of channels that
+ * reads dW once for all terms but products; products dW . (b + E)^T, whose rows end as the gradient of a product's `a`
+ * and, on the way, as that of its scale; and products a^T . dW for the gradients of its `b`. A depthwise term's `b`
+ * sums over all outputs: each chunk of them, of a size that depends on the block's shape only, has a partial sum, and
+ * these are added in their order. So the number of threads changes no bit.
  *
- * The gradient of a scale is v's share of <dW[o], branch[o]>, taken as <Q[o], last[o]>: Q is the gradient of the branch's
- * last factor without v. No branch's kernel is needed. */
+ * The gradient of a scale is v's share of <dW[o], branch[o]>, taken as <Q[o], last[o]>: Q is the gradient of the
+ * branch's last factor without v. No branch's kernel is needed. */
 #include <omp.h>
 
 #include "cpu/kernels/kernels.h"
@@ -52,7 +52,8 @@ static void copy_strip(const squeezing *s, const float *dw, strip *p) {
                     load_part(from + column * LANES, p->block.count - column * LANES), false);
 }
 
-/* For one row of `a`, where dw's columns under its tap lie `step` apart: da = scale * dw; gives back the sum of dw * a. */
+/* For one row of `a`, where dw's columns under its tap lie `step` apart: da = scale * dw; gives back the sum of dw * a.
+ */
 static ALWAYS_INLINE float_lanes row_gradient(int64_t count, float scale, const float *dw, int64_t step, const float *a,
                                               float *da) {
   float_lanes sum = {0};
@@ -101,8 +102,8 @@ static void pattern_gradient(const squeezing *s, const squeeze_term *t, const st
   }
 }
 
-/* For one column and `count` rows e: q[e] = sum over taps of dw[tap] * deep[tap][e]; dpoint[e] = scale * q[e]; gives back
- * the sum of q[e] * point[e]. */
+/* For one column and `count` rows e: q[e] = sum over taps of dw[tap] * deep[tap][e]; dpoint[e] = scale * q[e]; gives
+ * back the sum of q[e] * point[e]. */
 static ALWAYS_INLINE float_lanes point_gradient(int count, const squeeze_term *t, float scale, const float *dw,
                                                 const float *deep, const float *point, float *dpoint) {
   float_lanes q[8], sum = {0};
@@ -161,7 +162,8 @@ static void depthwise_row_gradient(const squeezing *s, const squeeze_term *t, co
   t->sums[o] += total(sum);
 }
 
-/* partial[tap][e] += sum over the strip's outputs of scaled[e] * dw[tap], for one column, `es` rows e and `taps` taps. */
+/* partial[tap][e] += sum over the strip's outputs of scaled[e] * dw[tap], for one column, `es` rows e and `taps` taps.
+ */
 static ALWAYS_INLINE void deep_gradient(int es, int taps, const squeezing *s, const squeeze_term *t, const strip *p,
                                         int64_t column, int64_t e, int64_t tap, float *partial) {
   float_lanes sum[3][4];
@@ -219,8 +221,7 @@ static void depthwise_gradient(const squeezing *s, const squeeze_term *t, const 
   for (int64_t k = 0; k < p->outputs; k++)
     depthwise_row_gradient(s, t, p, k);
   if (t->partial)
-    add_deep_gradients(s, t, p,
-                       t->partial + depthwise_offset(s, t, chunk * s->groups + p->group, p->block.first));
+    add_deep_gradients(s, t, p, t->partial + depthwise_offset(s, t, chunk * s->groups + p->group, p->block.first));
 }
 
 /* Of one group and chunk of outputs. */
@@ -315,8 +316,8 @@ typedef struct {
   float_lanes sum;
 } product_row;
 
-/* Ends rows of a tile whose columns are channels t from `first` on: q += the identity's part, dw[channel t mod I/G]; a's
- * gradient is scale * q, the scale's q . a. */
+/* Ends rows of a tile whose columns are channels t from `first` on: q += the identity's part, dw[channel t mod I/G];
+ * a's gradient is scale * q, the scale's q . a. */
 static void finish_tile(const squeezing *s, const squeeze_term *t, int64_t rows, product_row *row, int64_t first,
                         float *q) {
   int64_t count = smaller(PRODUCT_COLUMNS(float), t->inner - first);
@@ -389,7 +390,8 @@ typedef struct {
   float scale[PRODUCT_DEPTH];
 } product_steps;
 
-static void find_steps(const squeezing *s, const squeeze_term *t, const float *dw, int64_t first, product_steps *steps) {
+static void find_steps(const squeezing *s, const squeeze_term *t, const float *dw, int64_t first,
+                       product_steps *steps) {
   int64_t taps = larger(1, t->taps), o = first / taps, tap = first % taps;
   for (int64_t k = 0; k < steps->count; k++) {
     steps->a[k] = (const float *)t->term->a.data + (o * t->own + t->source[tap]) * t->inner;
@@ -445,7 +447,8 @@ static division divide(const squeezing *s, int threads) {
   d.rows = even_chunk(s->outputs, larger(1, PRODUCT_BLOCK / larger(1, s->taps)), s->groups < threads ? threads : 1);
   d.row_chunks = divide_up(s->outputs, d.rows);
   int64_t most = strip_outputs(s), point = s->most_inner[1] * LANES;
-  int64_t strip_size = most * (s->taps + s->most_inner[1]) * SQUEEZE_CHANNELS + 2 * point + divide_up(s->taps, LANES) * LANES;
+  int64_t strip_size =
+      most * (s->taps + s->most_inner[1]) * SQUEEZE_CHANNELS + 2 * point + divide_up(s->taps, LANES) * LANES;
   int64_t rows_size = PRODUCT_BLOCK * divide_up(s->channels, 16) * 16;
   int64_t block_size = (PRODUCT_BLOCK + PRODUCT_COLUMNS(float)) * PRODUCT_DEPTH;
   d.buffer = larger(strip_size, s->most_inner[0] ? larger(rows_size, block_size) : 0);

@@ -164,7 +164,8 @@ end
 local function folded(self)
   local o = self.options
   return core.no_grad(function()
-    local weight, bias = tree.squeeze(self.plan.tree, slots(self, to_float64)), nil
+    local weight, bias
+    weight = tree.squeeze(self.plan.tree, slots(self, to_float64))
     if o.post_bn then
       local scale, shift = self[o.post_bn]:fold()
       weight, bias = weight * scale:reshape(-1, 1, 1, 1), shift
@@ -303,7 +304,7 @@ function ReparamBlock:describe(indent)
 end
 
 document("nn.ReparamBlock", [[
-  nn.ReparamBlock({in_channels=, out_channels=, kernel_size=, stride=, padding=, dilation=, groups=, act=, ...}, {branches=, ...}) -> module
+  nn.ReparamBlock({in_channels=, out_channels=, kernel_size=, stride=, padding=, ...}, {branches=, ...}) -> module
   A block of linear branches that trains as one convolution; the options may be one table or two. docs/blocks.md has all of
   them. b:squeezed_weight() is the one kernel, b:branch_weights() what each branch adds to it, b:deploy() leaves the
   convolution alone.

@@ -127,7 +127,7 @@ end
 
 local ReLU = layer "ReLU"
 
-function ReLU:forward(x)
+function ReLU.forward(_, x)
   return F.relu(x)
 end
 

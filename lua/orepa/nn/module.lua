@@ -48,7 +48,7 @@ function Module:extend(name)
   return class
 end
 
-function Module:init() end
+function Module.init(_) end
 
 function Module:forward()
   core.fail(("%s has no forward"):format(self.class_name))
@@ -228,7 +228,7 @@ function Module:eval()
 end
 
 -- Called when a module's mode, place or weights were changed from outside.
-function Module:changed() end
+function Module.changed(_) end
 
 function Module:to(kind)
   local moved = core.zeros({ 0 }):to(kind) -- an error if it is neither a type nor a device
@@ -370,7 +370,7 @@ local function grouped(n)
 end
 
 -- What a module says of itself beside its name: "3 -> 64, 7x7".
-function Module:extra() return "" end
+function Module.extra(_) return "" end
 
 function Module:describe(indent)
   indent = indent or ""
