@@ -1,4 +1,4 @@
--- docs/reference.md is what scripts/reference.lua prints.
+-- docs/reference.md is what scripts/reference.lua prints, and the README's and the manual's Lua runs.
 
 local program = os.getenv "OREPA_PROGRAM" or "build/orepa"
 
@@ -8,4 +8,19 @@ describe("docs/reference.md", function()
     local file <close> = assert(io.open "docs/reference.md")
     assert.equal(pipe:read "a", file:read "a")
   end)
+end)
+
+describe("the Lua in", function()
+  for _, path in ipairs { "README.md", "docs/blocks.md" } do
+    it(path .. " runs", function()
+      local file <close> = assert(io.open(path))
+      local found = 0
+      for code in file:read("a"):gmatch "```lua\n(.-)```" do
+        local run = assert(load("local print = function() end\n" .. code, "=" .. path))
+        run()
+        found = found + 1
+      end
+      assert.is_true(found > 0)
+    end)
+  end
 end)
