@@ -82,7 +82,8 @@ document("data.part", [[
   > return data.part(d, 2, 3).size]])
 document("data.loader", [[
   data.loader{dataset=, batch_size=, shuffle=, seed=, augment=, padding=, crop=, flip=, mean=, deviation=, device=, ...} -> loader
-  loader:epoch(n) iterates over (images, labels); with drop_last no batch is smaller. What a sample gets depends on seed, epoch and its position in the dataset.
+  loader:epoch(n) iterates over (images, labels); with drop_last no batch is smaller. What a sample gets depends on seed, epoch
+  and its position in the dataset.
   > local d = data.images{images = orepa.zeros(4, 8, 8), labels = orepa.zeros({4}, {dtype = "int64"}), classes = 2}
   > for images, labels in data.loader{dataset = d, batch_size = 3, shuffle = true}:epoch(1) do assert(#images == #labels) end]])
 
