@@ -4,6 +4,7 @@
 #include "host_memory.h"
 
 #include <pthread.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -125,11 +126,14 @@ static void *allocate_alone(size_t bytes) {
   return memory;
 }
 
+static bool is_cut(size_t bytes) {
 #ifdef __SANITIZE_ADDRESS__
-enum { CUT_BELOW = 0 };
+  (void)bytes;
+  return false;
 #else
-enum { CUT_BELOW = LARGE };
+  return bytes < LARGE;
 #endif
+}
 
 /* At the start of SLAB bytes that are aligned to their size. */
 typedef struct {
@@ -186,7 +190,7 @@ static void give_back(char *memory, size_t bytes) {
 
 void *host_allocate(size_t bytes) {
   bytes = bytes ? bytes : 1;
-  if (bytes >= CUT_BELOW)
+  if (!is_cut(bytes))
     return allocate_alone(bytes);
   pthread_mutex_lock(&slabs.lock);
   void *memory = cut(bytes);
@@ -198,7 +202,7 @@ void host_deallocate(void *memory, size_t bytes) {
   bytes = bytes ? bytes : 1;
   if (!memory)
     return;
-  if (bytes >= CUT_BELOW) {
+  if (!is_cut(bytes)) {
     free(memory);
     return;
   }
