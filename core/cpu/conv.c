@@ -113,23 +113,6 @@ static conv_geometry of_points(const conv_geometry *g) {
   return points;
 }
 
-static device_status plan_in_type(conv_work *c, bool has_bias) {
-  size_t bytes, size = orepa_dtype_size((orepa_dtype)c->g.dtype);
-  c->takes_points = is_strided_point(&c->g) && preferred(c->direction, &c->g) != BY_POSITIONS;
-  if (c->takes_points) {
-    c->seen = c->g;
-    c->g = of_points(&c->seen);
-    int64_t points = c->g.batch * c->g.groups * c->g.in * c->g.size[0] * c->g.size[1];
-    c->points = scratch_place(&c->scratch, (size_t)points * size);
-  }
-  device_status status = choose(c->direction, &c->g, has_bias, &c->way, &bytes);
-  c->own = scratch_place(&c->scratch, bytes);
-  return status;
-}
-
-static int64_t pixels(const int64_t size[2]) {
-  return size[0] * size[1];
-}
 static int64_t count_x(const conv_geometry *g) {
   return g->batch * g->groups * g->in * pixels(g->size);
 }
@@ -138,6 +121,25 @@ static int64_t count_w(const conv_geometry *g) {
 }
 static int64_t count_y(const conv_geometry *g) {
   return g->batch * g->groups * g->out * pixels(g->result);
+}
+
+static device_status plan_in_type(conv_work *c, bool has_bias) {
+  size_t bytes, size = orepa_dtype_size((orepa_dtype)c->g.dtype);
+  c->takes_points = is_strided_point(&c->g) && preferred(c->direction, &c->g) != BY_POSITIONS;
+  if (c->takes_points) {
+    c->seen = c->g;
+    c->g = of_points(&c->seen);
+    c->points = scratch_place(&c->scratch, (size_t)count_x(&c->g) * size);
+  }
+  device_status status = choose(c->direction, &c->g, has_bias, &c->way, &bytes);
+  c->own = scratch_place(&c->scratch, bytes);
+  return status;
+}
+
+/* Scratch for the entries that are called on the way: `count` numbers and some. */
+static void plan_lent(conv_work *c, int64_t count) {
+  c->lent_bytes = (size_t)(count + 1024) * sizeof(float);
+  c->lent = scratch_place(&c->scratch, c->lent_bytes);
 }
 
 static device_status plan(conv_work *c, bool has_bias) {
@@ -153,6 +155,7 @@ static device_status plan(conv_work *c, bool has_bias) {
   c->wide_w = scratch_place(&c->scratch, (size_t)count_w(&given) * sizeof(float));
   c->wide_y = scratch_place(&c->scratch, (size_t)count_y(&given) * sizeof(float));
   c->wide_bias = scratch_place(&c->scratch, has_bias ? (size_t)(given.groups * given.out) * sizeof(float) : 0);
+  plan_lent(c, 0);
   return plan_in_type(c, has_bias);
 }
 
@@ -191,6 +194,7 @@ static device_status compute(device_context *context, conv_work *c) {
     return compute_in_type(c);
   const conv_geometry *g = c->takes_points ? &c->seen : &c->g;
   char *memory = c->scratch.memory;
+  device_context lent = scratch_lend(context, memory + c->lent, c->lent_bytes);
   struct {
     bool result;
     int64_t count;
@@ -202,17 +206,17 @@ static device_status compute(device_context *context, conv_work *c) {
   for (int k = 0; k < 3 && status == DEVICE_DONE; k++) {
     *all[k].place = all[k].wide;
     if (!all[k].result)
-      status = convert(context, all[k].count, OREPA_FLOAT32, all[k].wide, OREPA_BFLOAT16, all[k].given);
+      status = convert(&lent, all[k].count, OREPA_FLOAT32, all[k].wide, OREPA_BFLOAT16, all[k].given);
   }
   if (c->bias && status == DEVICE_DONE) {
-    status = convert(context, g->groups * g->out, OREPA_FLOAT32, memory + c->wide_bias, OREPA_BFLOAT16, c->bias);
+    status = convert(&lent, g->groups * g->out, OREPA_FLOAT32, memory + c->wide_bias, OREPA_BFLOAT16, c->bias);
     c->bias = memory + c->wide_bias;
   }
   if (status == DEVICE_DONE)
     status = compute_in_type(c);
   for (int k = 0; k < 3 && status == DEVICE_DONE; k++)
     if (all[k].result)
-      status = convert(context, all[k].count, OREPA_BFLOAT16, all[k].given, OREPA_FLOAT32, all[k].wide);
+      status = convert(&lent, all[k].count, OREPA_BFLOAT16, all[k].given, OREPA_FLOAT32, all[k].wide);
   return status;
 }
 
@@ -220,8 +224,7 @@ static device_status compute(device_context *context, conv_work *c) {
 
 static void plan_prologue(conv_work *c, const device_array *x) {
   c->normal = scratch_place(&c->scratch, (size_t)count(x) * orepa_dtype_size(x->dtype));
-  c->lent_bytes = (size_t)(16 * x->shape[1] + 1024) * sizeof(float);
-  c->lent = scratch_place(&c->scratch, c->lent_bytes);
+  plan_lent(c, 16 * x->shape[1]);
 }
 
 static device_status run_prologue(device_context *context, conv_work *c, const device_array *x,

@@ -27,6 +27,10 @@ static inline conv_window conv_window_at(const conv_geometry *g, int axis, int64
   return (conv_window){first, last > first ? last : first, start + first * step};
 }
 
+static inline int64_t pixels(const int64_t size[2]) {
+  return size[0] * size[1];
+}
+
 static inline bool conv_is_point(const conv_geometry *g) {
   return g->kernel[0] == 1 && g->kernel[1] == 1;
 }

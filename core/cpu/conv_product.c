@@ -29,10 +29,6 @@ static int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-static int64_t pixels(const int64_t size[2]) {
-  return size[0] * size[1];
-}
-
 /* y = bias, or zeros, in rows of `length` that lie `step` apart. */
 static void set_rows(float *y, int64_t rows, int64_t length, int64_t step, const float *bias) {
   for (int64_t r = 0; r < rows; r++)

@@ -48,6 +48,8 @@ OREPA_API orepa_tree *orepa_tree_sum(int count, orepa_tree *const *branches, int
 OREPA_API orepa_tree *orepa_tree_retain(orepa_tree *tree);
 OREPA_API void orepa_tree_release(orepa_tree *tree); /* NULL is allowed */
 
+OREPA_API const int64_t *orepa_tree_kernel(const orepa_tree *tree); /* height and width */
+
 /* Whether sums of recognised shapes are squeezed in one fused pass where the device has one (true at first). Tests
  * compare. */
 OREPA_API void orepa_tree_set_fast(orepa_tree *tree, bool fast);

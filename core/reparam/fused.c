@@ -104,7 +104,7 @@ static int read_term(const orepa_tree *branch, const orepa_tree *sum, const sque
 
 /* The whole block's taps are its own sum's; a nest inside is used whole. */
 static const orepa_taps *taps_of(const orepa_tree *sum, const squeeze_forward *f) {
-  return sum == f->root ? f->taps : NULL;
+  return sum == f->root ? &f->taps : NULL;
 }
 
 orepa_tensor *fused_kernel(orepa_tree *sum, const squeeze_forward *f) {

@@ -73,7 +73,6 @@ static int check_slots(const orepa_tree *tree, squeeze_forward *f) {
 typedef struct {
   orepa_tree *tree;
   orepa_tensor **kept; /* kernels by id, then prefixes by id */
-  bool all_taps;
   orepa_taps taps;
 } squeeze_payload;
 
@@ -105,10 +104,8 @@ static int squeeze_backward_pass(autograd_node *node, orepa_tensor *given, orepa
   }
   orepa_tensor *dw = failed ? NULL : orepa_contiguous(given);
   if (dw) {
-    squeeze_forward f = {count,     slots,
-                         dw->dtype, dw->storage->device,
-                         p->tree,   p->all_taps ? NULL : &p->taps,
-                         p->kept,   p->kept + p->tree->id + 1};
+    squeeze_forward f = {count,   slots,   dw->dtype, dw->storage->device,
+                         p->tree, p->taps, p->kept,   p->kept + p->tree->id + 1};
     squeeze_backward b = {f, dx, wanted};
     failed = squeeze_gradients(p->tree, &b, dw);
   }
@@ -120,15 +117,9 @@ static int squeeze_backward_pass(autograd_node *node, orepa_tensor *given, orepa
 
 static const autograd_op squeeze_op = {"squeeze", squeeze_backward_pass, squeeze_dispose};
 
-/* Whether every tap of a kernel is used. */
-static bool is_whole(const orepa_taps *taps, const int64_t kernel[2]) {
-  return !taps ||
-         (taps->first[0] <= 0 && taps->first[1] <= 0 && taps->last[0] >= kernel[0] && taps->last[1] >= kernel[1]);
-}
-
 orepa_tensor *orepa_squeeze(orepa_tree *tree, int count, orepa_tensor *const *slots, const orepa_taps *taps) {
-  bool all_taps = is_whole(taps, tree->kernel);
-  squeeze_forward f = {.count = count, .slots = slots, .root = tree, .taps = all_taps ? NULL : taps};
+  const orepa_taps all = {{0, 0}, {tree->kernel[0], tree->kernel[1]}};
+  squeeze_forward f = {.count = count, .slots = slots, .root = tree, .taps = taps ? *taps : all};
   if (check_slots(tree, &f))
     return NULL;
   orepa_tensor **kept = NULL;
@@ -151,15 +142,14 @@ orepa_tensor *orepa_squeeze(orepa_tree *tree, int count, orepa_tensor *const *sl
     release_kept(tree, kept);
     return w;
   }
-  *(squeeze_payload *)node->payload =
-      (squeeze_payload){orepa_tree_retain(tree), kept, all_taps, all_taps ? (orepa_taps){{0}, {0}} : *taps};
+  *(squeeze_payload *)node->payload = (squeeze_payload){orepa_tree_retain(tree), kept, f.taps};
   for (int k = 0; k < count; k++)
     autograd_save(node, k, slots[k]);
   return w;
 }
 
 orepa_tensor *orepa_tree_branch(orepa_tree *sum, int branch, int count, orepa_tensor *const *slots) {
-  squeeze_forward f = {.count = count, .slots = slots, .root = sum};
+  squeeze_forward f = {.count = count, .slots = slots};
   if (sum->form != TREE_SUM || branch < 0 || branch >= sum->count) {
     error_set("squeeze: there is no branch %d", branch);
     return NULL;

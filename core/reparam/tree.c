@@ -163,6 +163,10 @@ orepa_tree *orepa_tree_sum(int count, orepa_tree *const *branches, int64_t group
   return tree;
 }
 
+const int64_t *orepa_tree_kernel(const orepa_tree *tree) {
+  return tree->kernel;
+}
+
 void orepa_tree_set_fast(orepa_tree *tree, bool fast) {
   tree->fast = fast && tree->known_shapes;
   for (int k = 0; k < tree->count; k++)

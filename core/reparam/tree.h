@@ -31,7 +31,7 @@ typedef struct {
   orepa_dtype dtype;
   const orepa_device *device;
   const orepa_tree *root;
-  const orepa_taps *taps; /* those of the root's kernel that are used; NULL: all */
+  orepa_taps taps; /* those of the root's kernel that are used */
   /* By id: a layer's kernel, and the composition of a chain up to it. NULL: nothing is kept. */
   orepa_tensor **kernels, **prefixes;
 } squeeze_forward;

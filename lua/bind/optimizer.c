@@ -33,9 +33,9 @@ static orepa_tensor *velocity_at(lua_State *L, int index, int k, const orepa_ten
     *fresh = orepa_full(orepa_tensor_dtype(p), orepa_tensor_device(p), orepa_rank(p), orepa_shape(p), 0);
     if (!*fresh)
       bind_fail(L);
+    lua_pushvalue(L, -1);
     lua_rawseti(L, index, k + 1);
-    lua_rawgeti(L, index, k + 1);
-    lua_remove(L, -2);
+    lua_remove(L, -2); /* the nil */
   }
   orepa_tensor *v = bind_test_tensor(L, -1);
   if (!v)

@@ -134,19 +134,17 @@ static orepa_tensor **slot_list(lua_State *L, int index, int *count) {
   return slots;
 }
 
-/* squeeze(tree, slots [, kernel_size, x, {stride=, ...}]): with x, for a convolution of x alone */
+/* squeeze(tree, slots [, x, {stride=, ...}]): with x, for a convolution of x alone */
 static int l_squeeze(lua_State *L) {
   int count;
-  int64_t kernel[2];
   orepa_taps taps;
   orepa_tree *tree = check_tree(L, 1);
-  lua_settop(L, 5); /* the list is pushed above */
-  orepa_tensor **slots = slot_list(L, 2, &count), *x = bind_tensor_or_nil(L, 4);
+  lua_settop(L, 4); /* the list is pushed above */
+  orepa_tensor **slots = slot_list(L, 2, &count), *x = bind_tensor_or_nil(L, 3);
   bool some = x && orepa_rank(x) == 4;
   if (some) {
-    orepa_conv conv = bind_conv_options(L, 5, "squeeze");
-    pair_argument(L, 3, kernel);
-    taps = orepa_conv2d_taps(&conv, kernel, orepa_shape(x) + 2);
+    orepa_conv conv = bind_conv_options(L, 4, "squeeze");
+    taps = orepa_conv2d_taps(&conv, orepa_tree_kernel(tree), orepa_shape(x) + 2);
   }
   BIND_RETURN(L, orepa_squeeze(tree, count, slots, some ? &taps : NULL));
 }

@@ -11,25 +11,12 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <cmocka.h>
 
 #include "dtype.h"
+#include "guarded.h"
 #include "orepa.h"
-
-/* Runs the tests in a process that guards the memory of `ref`, then in this one without. */
-#define RUN_GUARDED_AND_NOT(tests)                                                                                     \
-  do {                                                                                                                 \
-    int status_ = 0;                                                                                                   \
-    pid_t child_ = fork();                                                                                             \
-    setenv("OREPA_REF_GUARD", child_ ? "0" : "1", 1);                                                                  \
-    if (child_ > 0)                                                                                                    \
-      waitpid(child_, &status_, 0);                                                                                    \
-    int failed_ = cmocka_run_group_tests(tests, NULL, NULL);                                                           \
-    return failed_ || child_ < 0 || status_;                                                                           \
-  } while (0)
 
 static inline const orepa_device *device_called(const char *name) {
   const orepa_device *device = orepa_device_by_name(name);

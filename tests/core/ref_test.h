@@ -11,14 +11,13 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <cmocka.h>
 
 #include "device.h"
 #include "dtype.h"
 #include "error.h"
+#include "guarded.h"
 
 /* ---- the device, a context, and all blocks of a test, which its teardown gives back */
 
@@ -63,18 +62,6 @@ static int end(void **state) {
 }
 
 #define TEST(function) cmocka_unit_test_setup_teardown(function, begin, end)
-
-/* Runs the tests in a process with the guard, then in this one without. */
-#define RUN_GUARDED_AND_NOT(tests)                                                                                     \
-  do {                                                                                                                 \
-    int status_ = 0;                                                                                                   \
-    pid_t child_ = fork();                                                                                             \
-    setenv("OREPA_REF_GUARD", child_ ? "0" : "1", 1);                                                                  \
-    if (child_ > 0)                                                                                                    \
-      waitpid(child_, &status_, 0);                                                                                    \
-    int failed_ = cmocka_run_group_tests(tests, NULL, NULL);                                                           \
-    return failed_ || child_ < 0 || status_;                                                                           \
-  } while (0)
 
 /* ---- arrays */
 

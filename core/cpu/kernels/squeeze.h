@@ -126,14 +126,23 @@ static inline void turn_matrix(int64_t rows, int64_t columns, const float *from,
 #define HIGH_LANES 4, 12, 5, 13, 6, 14, 7, 15
 #endif
 
+static ALWAYS_INLINE void load_eight(const float *from, float_lanes *v) {
+#pragma GCC unroll 8
+  for (int k = 0; k < 8; k++)
+    v[k] = load_lanes(from, k * LANES, false);
+}
+static ALWAYS_INLINE void store_eight(float *to, const float_lanes *v) {
+#pragma GCC unroll 8
+  for (int k = 0; k < 8; k++)
+    store_lanes(to, k * LANES, v[k], false);
+}
+
 /* LANES rows of eight numbers, one after the other, become eight vectors. In a number's place, channel above e, each
  * round moves one bit of e from the bottom into the vector's number and one bit of the channel from there to the top.
  */
 static ALWAYS_INLINE void eights_to_lanes(const float *from, float *to) {
   float_lanes v[8], next[8];
-#pragma GCC unroll 8
-  for (int k = 0; k < 8; k++)
-    v[k] = load_lanes(from, k * LANES, false);
+  load_eight(from, v);
 #pragma GCC unroll 3
   for (int bit = 1; bit < 8; bit *= 2) {
 #pragma GCC unroll 8
@@ -144,16 +153,12 @@ static ALWAYS_INLINE void eights_to_lanes(const float *from, float *to) {
     for (int k = 0; k < 8; k++)
       v[k] = next[k];
   }
-#pragma GCC unroll 8
-  for (int k = 0; k < 8; k++)
-    store_lanes(to, k * LANES, v[k], false);
+  store_eight(to, v);
 }
 
 static ALWAYS_INLINE void lanes_to_eights(const float *from, float *to) {
   float_lanes v[8], next[8];
-#pragma GCC unroll 8
-  for (int k = 0; k < 8; k++)
-    v[k] = load_lanes(from, k * LANES, false);
+  load_eight(from, v);
 #pragma GCC unroll 3
   for (int bit = 4; bit > 0; bit /= 2) {
 #pragma GCC unroll 8
@@ -164,9 +169,7 @@ static ALWAYS_INLINE void lanes_to_eights(const float *from, float *to) {
     for (int k = 0; k < 8; k++)
       v[k] = next[k];
   }
-#pragma GCC unroll 8
-  for (int k = 0; k < 8; k++)
-    store_lanes(to, k * LANES, v[k], false);
+  store_eight(to, v);
 }
 #else
 static inline void eights_to_lanes(const float *from, float *to) {

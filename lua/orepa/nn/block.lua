@@ -242,7 +242,7 @@ end
 local function online(self, x)
   local o = self.options
   local plain = self.plan.plain -- the kernel is this parameter
-  local weight = plain and self[plain] or tree.squeeze(self.plan.tree, slots(self), o.kernel_size, x, self.geometry)
+  local weight = plain and self[plain] or tree.squeeze(self.plan.tree, slots(self), x, self.geometry)
   local y = F.conv2d(x, weight, self.bias, self.geometry)
   if not plain then weight:release() end
   if o.post_bn then
