@@ -47,9 +47,11 @@ typedef struct {
   bool relu;
 } device_prologue;
 
-/* Merged partial statistics of a map of R rows (N*H*W) by C channels: the rows are cut into `chunks` equal runs of
- * moments_rows(R) rows, the last may be shorter; for each chunk and channel a pivot p and the sums of (x-p) and
- * (x-p)^2, so that a large mean costs no accuracy. Array: float32 or float64 (chunks, 3, C), dense. */
+/* Partial statistics of a map of R rows (N*H*W) by C channels: for each chunk of rows and each channel how many rows
+ * the chunk has, a pivot p, and the sums of (x-p) and (x-p)^2, so that a large mean costs no accuracy. Array: float32
+ * or float64 (chunks, 4, C), dense. A chunk may be any set of rows (runs of moments_rows(R) of them; the tiles of a
+ * convolution); where its count is 0 the other three mean nothing. Every row is in one chunk, and there are
+ * moments_chunks(R) of them. */
 static inline int64_t moments_rows(int64_t rows) {
   int64_t chunk = (rows + 63) / 64;
   return chunk < 128 ? 128 : chunk;
@@ -143,6 +145,7 @@ struct orepa_device {
                                         const device_prologue *prologue);
 
   /* ---- norm: x is (N, C, ...), dense: rows of C channels */
+  /* Chunks are runs of moments_rows(R) rows. */
   device_status (*norm_moments)(device_context *, const device_array *moments, const device_array *x);
   /* From the moments of `rows` rows: mean (C), inverse deviation 1/sqrt(var + eps) (C); scale = weight * inverse, shift
    * = bias - mean * scale (C); running statistics updated (variance by rows/(rows-1)). weight, bias, running_* may be

@@ -55,7 +55,7 @@ static int check(const orepa_tensor *x, const orepa_tensor *weight, const orepa_
 static int batch_channels(orepa_tensor *x, orepa_tensor *weight, orepa_tensor *bias, orepa_tensor *running_mean,
                           orepa_tensor *running_var, const orepa_norm *norm, norm_channels *c) {
   const orepa_device *device = x->storage->device;
-  int64_t channels = x->shape[1], rows = orepa_count(x) / channels, shape[3] = {moments_chunks(rows), 3, channels};
+  int64_t channels = x->shape[1], rows = orepa_count(x) / channels, shape[3] = {moments_chunks(rows), 4, channels};
   orepa_tensor *moments = tensor_new(channel_dtype(x), device, 3, shape);
   c->mean = tensor_new(channel_dtype(x), device, 1, &channels);
   c->inverse = tensor_new(channel_dtype(x), device, 1, &channels);

@@ -4,7 +4,8 @@
 
 /* ---- statistics ---- */
 
-/* (chunks, 3, C) */
+enum { COUNT, PIVOT, SUM, SQUARE }; /* moments (chunks, 4, C) */
+
 static int64_t moment_at(const device_array *moments, int64_t chunk, int which, int64_t c) {
   return chunk * moments->strides[0] + which * moments->strides[1] + c * moments->strides[2];
 }
@@ -27,9 +28,10 @@ static void chunk_moments(const device_array *moments, const device_array *x, in
     difference += d;
     square += d * d;
   }
-  ref_set(moments, moment_at(moments, chunk, 0, c), pivot);
-  ref_set(moments, moment_at(moments, chunk, 1, c), difference);
-  ref_set(moments, moment_at(moments, chunk, 2, c), square);
+  ref_set(moments, moment_at(moments, chunk, COUNT, c), (double)count);
+  ref_set(moments, moment_at(moments, chunk, PIVOT, c), pivot);
+  ref_set(moments, moment_at(moments, chunk, SUM, c), difference);
+  ref_set(moments, moment_at(moments, chunk, SQUARE, c), square);
 }
 
 void ref_moments_of(const device_array *moments, const device_array *x) {
@@ -47,17 +49,23 @@ device_status ref_norm_moments(device_context *context, const device_array *mome
   return DEVICE_DONE;
 }
 
-/* Mean and sum of squared deviations of one channel, merged from its chunks. */
+static double moment(const device_array *moments, int64_t chunk, int which, int64_t c) {
+  return ref_get(moments, moment_at(moments, chunk, which, c));
+}
+
+/* Mean and sum of squared deviations of one channel, merged from the chunks that have rows. */
 static void merge_chunks(const device_array *moments, int64_t rows, int64_t c, double *mean, double *deviations) {
   double sum = 0, squares = 0;
   for (int64_t k = 0; k < moments->shape[0]; k++)
-    sum += ref_get(moments, moment_at(moments, k, 1, c)) +
-           (double)rows_in_chunk(rows, k) * ref_get(moments, moment_at(moments, k, 0, c));
+    if (moment(moments, k, COUNT, c) > 0)
+      sum += moment(moments, k, SUM, c) + moment(moments, k, COUNT, c) * moment(moments, k, PIVOT, c);
   *mean = sum / (double)rows;
   for (int64_t k = 0; k < moments->shape[0]; k++) {
-    double count = (double)rows_in_chunk(rows, k), s1 = ref_get(moments, moment_at(moments, k, 1, c));
-    double off = ref_get(moments, moment_at(moments, k, 0, c)) + s1 / count - *mean;
-    double within = ref_get(moments, moment_at(moments, k, 2, c)) - s1 * s1 / count;
+    double count = moment(moments, k, COUNT, c), s1 = moment(moments, k, SUM, c);
+    if (!(count > 0))
+      continue;
+    double off = moment(moments, k, PIVOT, c) + s1 / count - *mean;
+    double within = moment(moments, k, SQUARE, c) - s1 * s1 / count;
     squares += (within < 0 ? 0 : within) + count * off * off;
   }
   *deviations = squares;

@@ -54,7 +54,7 @@ typedef struct {
 static operands make_operands(const geometry *g, orepa_dtype dtype, uint64_t seed) {
   int64_t x[4], w[4], y[4];
   shapes_of(g, x, w, y);
-  int64_t rows = y[0] * y[2] * y[3], moments[] = {moments_chunks(rows), 3, g->out};
+  int64_t rows = y[0] * y[2] * y[3], moments[] = {moments_chunks(rows), 4, g->out};
   operands o = {
       .x = test_new(dtype, LAYOUT_DENSE, 4, x),
       .w = test_new(dtype, LAYOUT_DENSE, 4, w),

@@ -75,7 +75,7 @@ typedef struct {
 
 static norm_result make_result(const norm_source *s) {
   norm_result result;
-  int64_t moments[] = {moments_chunks(s->rows), 3, s->x.a.shape[1]};
+  int64_t moments[] = {moments_chunks(s->rows), 4, s->x.a.shape[1]};
   result.a[MOMENTS] = test_new(OREPA_FLOAT32, LAYOUT_DENSE, 3, moments);
   for (int k = MEAN; k <= SHIFT; k++)
     result.a[k] = test_copy(k % 2 ? &s->weight : &s->bias);
@@ -300,14 +300,16 @@ static void parts_that_may_be_absent(void **unused) {
 /* Whether the moments of chunk k and channel c of a channels-last map are the sums around its pivot. */
 static void check_moments(const norm_source *s, const device_array *moments, int64_t k, int64_t c) {
   int64_t channels = s->x.a.shape[1], first = k * moments_rows(s->rows), last = first + moments_rows(s->rows);
-  double pivot = test_get(moments, (3 * k + 0) * channels + c), sum = 0, square = 0;
+  double pivot = test_get(moments, (4 * k + 1) * channels + c), sum = 0, square = 0, rows = 0;
   for (int64_t r = first; r < last && r < s->rows; r++) {
     double difference = ((const float *)s->x.a.data)[r * channels + c] - pivot;
     sum += difference;
     square += difference * difference;
+    rows++;
   }
-  assert_true(fabs(test_get(moments, (3 * k + 1) * channels + c) - sum) < 1e-6 * square);
-  assert_true(fabs(test_get(moments, (3 * k + 2) * channels + c) - square) < 1e-6 * square);
+  assert_true(test_get(moments, 4 * k * channels + c) == rows);
+  assert_true(fabs(test_get(moments, (4 * k + 2) * channels + c) - sum) < 1e-6 * square);
+  assert_true(fabs(test_get(moments, (4 * k + 3) * channels + c) - square) < 1e-6 * square);
 }
 
 /* Moments are merged whoever took them. */
@@ -330,6 +332,42 @@ static void moments(void **unused) {
     test_context_free(&cpu);
   }
   free_result(&wanted);
+  free_source(&s);
+}
+
+/* Chunks may be any sets of rows, and some may be empty, whatever stands in them. */
+static void chunks_of_any_rows(void **unused) {
+  (void)unused;
+  enum { ROWS = 60, CHANNELS = 70, CHUNKS = 5 };
+  static const int sizes[CHUNKS] = {0, 13, 1, 0, 46};
+  static const double nothing[] = {NAN, INFINITY, -3};
+  const int64_t shape[] = {CHUNKS, 4, CHANNELS};
+  norm_source s = make_source(OREPA_FLOAT32, 2, (int64_t[]){ROWS, CHANNELS}, 1e4, 1, 3);
+  test_array moments = test_new(OREPA_FLOAT32, LAYOUT_DENSE, 3, shape);
+  for (int64_t c = 0; c < CHANNELS; c++)
+    for (int k = 0, first = 0; k < CHUNKS; first += sizes[k++]) {
+      double pivot = sizes[k] ? test_get(&s.x.a, first * CHANNELS + c) : nothing[c % 3], sum = 0, square = 0;
+      for (int r = first; r < first + sizes[k]; r++) {
+        sum += test_get(&s.x.a, r * CHANNELS + c) - pivot;
+        square += pow(test_get(&s.x.a, r * CHANNELS + c) - pivot, 2);
+      }
+      const double parts[] = {sizes[k], pivot, sizes[k] ? sum : nothing[(c + 1) % 3], square};
+      for (int part = 0; part < 4; part++)
+        test_set(&moments.a, (4 * k + part) * CHANNELS + c, parts[part]);
+    }
+  norm_result wanted = run(ref_device(), &s, 1);
+  for_each_isa(device) {
+    device_context cpu = test_context(device);
+    norm_result found = run(device, &s, 1);
+    assert_int_equal(device->norm_finalize(&cpu, &s.norm, s.rows, &moments.a, &s.weight.a, &s.bias.a, NULL, NULL,
+                                           &found.a[MEAN].a, &found.a[INVERSE].a, &found.a[SCALE].a, &found.a[SHIFT].a),
+                     DEVICE_DONE);
+    compare(&s, &found, &wanted);
+    free_result(&found);
+    test_context_free(&cpu);
+  }
+  free_result(&wanted);
+  test_release(&moments);
   free_source(&s);
 }
 
@@ -365,6 +403,7 @@ int main(void) {
       cmocka_unit_test(rounded_once),
       cmocka_unit_test(parts_that_may_be_absent),
       cmocka_unit_test(moments),
+      cmocka_unit_test(chunks_of_any_rows),
       cmocka_unit_test(types_it_leaves),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);

@@ -125,7 +125,7 @@ static void conv_prologue_and_moments_are_separate_kernels(void **state) {
       device_prologue prologue = {dense(OREPA_FLOAT32, SHAPE(a.x.shape[1])), dense(OREPA_FLOAT32, SHAPE(a.x.shape[1])),
                                   k % 2};
       int64_t rows = a.y.shape[0] * a.y.shape[2] * a.y.shape[3];
-      device_array moments = dense(OREPA_FLOAT32, SHAPE(moments_chunks(rows), 3, a.y.shape[1])), same = like(&moments);
+      device_array moments = dense(OREPA_FLOAT32, SHAPE(moments_chunks(rows), 4, a.y.shape[1])), same = like(&moments);
       device_array z = like(&a.x), y = like(&a.y), dw = like(&a.w), dw_same = like(&a.w);
       put_fractions(&prologue.scale);
       put_fractions(&prologue.shift);
@@ -176,7 +176,7 @@ static channel_arrays channels_new(orepa_dtype dtype, int64_t channels) {
 
 static void finalize(const orepa_norm *norm, const device_array *x, const channel_arrays *c, bool running) {
   int64_t rows = count_of(x) / x->shape[1];
-  device_array moments = dense(c->mean.dtype, SHAPE(moments_chunks(rows), 3, x->shape[1]));
+  device_array moments = dense(c->mean.dtype, SHAPE(moments_chunks(rows), 4, x->shape[1]));
   ASSERT_DONE(ref->norm_moments(&context, &moments, x));
   ASSERT_DONE(ref->norm_finalize(&context, norm, rows, &moments, &c->weight, &c->bias,
                                  running ? &c->running_mean : NULL, running ? &c->running_var : NULL, &c->mean,
@@ -208,9 +208,9 @@ static void norm_statistics_are_exact(void **state) {
 static void norm_finalize_by_hand(void **state) {
   (void)state;
   orepa_norm norm = {.eps = 1, .momentum = 0.5};
-  int64_t rows = 130; /* chunks of 128 and 2 rows; pivots 5 and -1 */
-  device_array moments = dense(OREPA_FLOAT64, SHAPE(2, 3, 1));
-  put_all(&moments, VALUES(5, -128 * 2, 128 * 4, -1, 2, 4)); /* 128 times 3; then -1 and 1 */
+  int64_t rows = 130; /* chunks of 2, 0 and 128 rows: -1 and 1 around -1; nothing; 128 times 3 around 5 */
+  device_array moments = dense(OREPA_FLOAT64, SHAPE(3, 4, 1));
+  put_all(&moments, VALUES(2, -1, 2, 4, 0, NAN, INFINITY, 7, 128, 5, -128 * 2, 128 * 4));
   channel_arrays c = channels_new(OREPA_FLOAT64, 1);
   ASSERT_DONE(ref->norm_finalize(&context, &norm, rows, &moments, NULL, NULL, NULL, NULL, &c.mean, &c.inverse, &c.scale,
                                  &c.shift));
