@@ -47,6 +47,13 @@ typedef struct {
   bool relu;
 } device_prologue;
 
+/* What a device does of a convolution's surroundings in the same pass. */
+typedef struct {
+  bool prologue;        /* of the forward pass */
+  bool weight_prologue; /* of the weight gradient */
+  bool moments;
+} device_conv_fusion;
+
 /* Partial statistics of a map of R rows (N*H*W) by C channels: for each chunk of rows and each channel how many rows
  * the chunk has, a pivot p, and the sums of (x-p) and (x-p)^2, so that a large mean costs no accuracy. Array: float32
  * or float64 (chunks, 4, C), dense. A chunk may be any set of rows (runs of moments_rows(R) of them; the tiles of a
@@ -134,6 +141,10 @@ struct orepa_device {
   /* ---- convolution: maps (N, C, H, W) and kernels (O, I/G, KH, KW) dense in channels-last order, of one type.
    * bias (O), prologue and moments may be NULL; a device that cannot fuse runs separate kernels with the same result.
    */
+  /* What the entries below fuse for arrays of these shapes and types (data is NULL); what they don't costs a pass of
+   * its own, and a prologue memory for its result. A NULL entry: nothing is fused. */
+  device_conv_fusion (*conv_fusion)(device_context *, const orepa_conv *, const device_array *y, const device_array *x,
+                                    const device_array *w);
   device_status (*conv_forward)(device_context *, const orepa_conv *, const device_array *y, const device_array *x,
                                 const device_array *w, const device_array *bias, const device_prologue *prologue,
                                 const device_array *moments);

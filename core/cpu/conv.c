@@ -11,6 +11,7 @@
 #include "cpu/scratch.h"
 
 #define DECLARE(entry) __typeof__(*((orepa_device *)0)->entry) cpu_##entry
+DECLARE(conv_fusion);
 DECLARE(conv_forward);
 DECLARE(conv_backward_data);
 DECLARE(conv_backward_weight);
@@ -236,6 +237,13 @@ static device_status run_prologue(device_context *context, conv_work *c, const d
 }
 
 /* ---- entries ---- */
+
+/* No way of computing a convolution normalises its input or measures its output as it goes. */
+device_conv_fusion cpu_conv_fusion(device_context *context, const orepa_conv *conv, const device_array *y,
+                                   const device_array *x, const device_array *w) {
+  (void)context, (void)conv, (void)y, (void)x, (void)w;
+  return (device_conv_fusion){false, false, false};
+}
 
 /* y = bias, or zeros: what is left where the kernel or the map is empty. */
 static device_status fill_result(device_context *context, const device_array *y, const device_array *bias) {

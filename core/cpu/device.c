@@ -10,6 +10,7 @@
 
 /* conv.c and matmul.c; the types are those of the table's entries. */
 #define DECLARE(entry) __typeof__(*((orepa_device *)0)->entry) cpu_##entry
+DECLARE(conv_fusion);
 DECLARE(conv_forward);
 DECLARE(conv_backward_data);
 DECLARE(conv_backward_weight);
@@ -67,6 +68,7 @@ static void make_tables(void) {
                                  .upload = transfer,
                                  .download = transfer,
                                  .matmul = cpu_matmul,
+                                 .conv_fusion = cpu_conv_fusion,
                                  .conv_forward = cpu_conv_forward,
                                  .conv_backward_data = cpu_conv_backward_data,
                                  .conv_backward_weight = cpu_conv_backward_weight};

@@ -88,18 +88,41 @@ static const autograd_op conv_op = {"conv2d", conv_backward, NULL};
 
 /* ---- forward ---- */
 
+static device_conv_fusion fusion_of(const orepa_conv *conv, const orepa_tensor *y, const orepa_tensor *x,
+                                    const orepa_tensor *w) {
+  const orepa_device *device = x->storage->device;
+  device_array arrays[3];
+  if (!device->conv_fusion)
+    return (device_conv_fusion){false, false, false};
+  tensor_outline(y, &arrays[0]);
+  tensor_outline(x, &arrays[1]);
+  tensor_outline(w, &arrays[2]);
+  return device->conv_fusion(device_context_of(device), conv, &arrays[0], &arrays[1], &arrays[2]);
+}
+
+/* Room for the moments of y, which the next norm will want. */
+static orepa_tensor *new_moments(const orepa_tensor *y) {
+  int64_t rows = y->shape[0] * y->shape[2] * y->shape[3], shape[3] = {moments_chunks(rows), 4, y->shape[1]};
+  return tensor_new(op_channel_dtype(y), y->storage->device, 3, shape);
+}
+
 static orepa_tensor *conv_forward(orepa_tensor *x, orepa_tensor *w, orepa_tensor *bias, const orepa_conv *conv,
                                   const int64_t *shape) {
   orepa_tensor *y = tensor_new(x->dtype, x->storage->device, 4, shape);
-  device_array from, kernel, added, to;
   if (!y)
     return NULL;
-  if (tensor_materialize(y) || tensor_reads(x, &from) || tensor_reads(w, &kernel) ||
-      (bias && tensor_reads(bias, &added)) || tensor_writes(y, &to) ||
-      DISPATCH("conv2d", x->dtype, x->storage->device, conv_forward, conv, &to, &from, &kernel, bias ? &added : NULL,
-               NULL, NULL))
-    return tensor_fail(y);
-  return y;
+  device_array from, kernel, added, to, partial;
+  bool measures = orepa_grad_enabled() && orepa_count(y) && fusion_of(conv, y, x, w).moments;
+  orepa_tensor *moments = measures ? new_moments(y) : NULL;
+  int failed = (measures && (!moments || tensor_writes(moments, &partial))) || tensor_materialize(y) ||
+               tensor_reads(x, &from) || tensor_reads(w, &kernel) || (bias && tensor_reads(bias, &added)) ||
+               tensor_writes(y, &to) ||
+               DISPATCH("conv2d", x->dtype, x->storage->device, conv_forward, conv, &to, &from, &kernel,
+                        bias ? &added : NULL, NULL, measures ? &partial : NULL);
+  if (!failed && measures)
+    tensor_keep_moments(y, moments);
+  orepa_release(moments);
+  return failed ? tensor_fail(y) : y;
 }
 
 orepa_tensor *orepa_conv2d(orepa_tensor *x, orepa_tensor *weight, orepa_tensor *bias, const orepa_conv *conv) {

@@ -14,8 +14,7 @@ static void channels_release(norm_channels *c) {
   orepa_release(c->shift);
 }
 
-/* Statistics and parameters of a bfloat16 or float16 map are float32. */
-static orepa_dtype channel_dtype(const orepa_tensor *x) {
+orepa_dtype op_channel_dtype(const orepa_tensor *x) {
   return x->dtype == OREPA_FLOAT64 ? OREPA_FLOAT64 : OREPA_FLOAT32;
 }
 
@@ -24,11 +23,11 @@ static orepa_dtype channel_dtype(const orepa_tensor *x) {
 static int check_channels(const orepa_tensor *x, const orepa_tensor *t, const char *what) {
   if (!t)
     return 0;
-  if (t->rank != 1 || t->shape[0] != x->shape[1] || t->dtype != channel_dtype(x) ||
+  if (t->rank != 1 || t->shape[0] != x->shape[1] || t->dtype != op_channel_dtype(x) ||
       t->storage->device != x->storage->device || !orepa_is_contiguous(t))
     return error_set("batch_norm: %s is %s on '%s'; an input of %s on '%s' needs contiguous %s %lld", what,
                      tensor_text(t), t->storage->device->name, tensor_text(x), x->storage->device->name,
-                     orepa_dtype_name(channel_dtype(x)), (long long)x->shape[1]);
+                     orepa_dtype_name(op_channel_dtype(x)), (long long)x->shape[1]);
   return 0;
 }
 
@@ -52,21 +51,36 @@ static int check(const orepa_tensor *x, const orepa_tensor *weight, const orepa_
 
 /* ---- statistics ---- */
 
+/* Of x as it is: those that came with it, or from a pass over it. A new reference. */
+static orepa_tensor *moments_of(orepa_tensor *x, int64_t rows) {
+  int64_t shape[3] = {moments_chunks(rows), 4, x->shape[1]};
+  orepa_tensor *moments = tensor_moments(x);
+  if (moments)
+    return orepa_retain(moments);
+  device_array from, partial;
+  moments = tensor_new(op_channel_dtype(x), x->storage->device, 3, shape);
+  if (!moments)
+    return NULL;
+  if (tensor_writes(moments, &partial) || tensor_reads(x, &from) ||
+      DISPATCH("batch_norm", x->dtype, x->storage->device, norm_moments, &partial, &from))
+    return tensor_fail(moments);
+  return moments;
+}
+
 static int batch_channels(orepa_tensor *x, orepa_tensor *weight, orepa_tensor *bias, orepa_tensor *running_mean,
                           orepa_tensor *running_var, const orepa_norm *norm, norm_channels *c) {
   const orepa_device *device = x->storage->device;
-  int64_t channels = x->shape[1], rows = orepa_count(x) / channels, shape[3] = {moments_chunks(rows), 4, channels};
-  orepa_tensor *moments = tensor_new(channel_dtype(x), device, 3, shape);
-  c->mean = tensor_new(channel_dtype(x), device, 1, &channels);
-  c->inverse = tensor_new(channel_dtype(x), device, 1, &channels);
-  c->scale = tensor_new(channel_dtype(x), device, 1, &channels);
-  c->shift = tensor_new(channel_dtype(x), device, 1, &channels);
-  device_array from, partial, w, b, rm, rv, mean, inverse, scale, shift;
+  int64_t channels = x->shape[1], rows = orepa_count(x) / channels;
+  orepa_tensor *moments = moments_of(x, rows);
+  c->mean = tensor_new(op_channel_dtype(x), device, 1, &channels);
+  c->inverse = tensor_new(op_channel_dtype(x), device, 1, &channels);
+  c->scale = tensor_new(op_channel_dtype(x), device, 1, &channels);
+  c->shift = tensor_new(op_channel_dtype(x), device, 1, &channels);
+  device_array partial, w, b, rm, rv, mean, inverse, scale, shift;
   int failed =
-      !moments || !c->mean || !c->inverse || !c->scale || !c->shift || tensor_writes(moments, &partial) ||
+      !moments || !c->mean || !c->inverse || !c->scale || !c->shift || tensor_reads(moments, &partial) ||
       tensor_writes(c->mean, &mean) || tensor_writes(c->inverse, &inverse) || tensor_writes(c->scale, &scale) ||
-      tensor_writes(c->shift, &shift) || tensor_reads(x, &from) || (weight && tensor_reads(weight, &w)) ||
-      (bias && tensor_reads(bias, &b)) || DISPATCH("batch_norm", x->dtype, device, norm_moments, &partial, &from) ||
+      tensor_writes(c->shift, &shift) || (weight && tensor_reads(weight, &w)) || (bias && tensor_reads(bias, &b)) ||
       (running_mean && (tensor_writes(running_mean, &rm) || tensor_writes(running_var, &rv))) ||
       DISPATCH("batch_norm", x->dtype, device, norm_finalize, norm, rows, &partial, weight ? &w : NULL,
                bias ? &b : NULL, running_mean ? &rm : NULL, running_mean ? &rv : NULL, &mean, &inverse, &scale, &shift);
@@ -140,7 +154,7 @@ orepa_tensor *orepa_batch_norm(orepa_tensor *given, orepa_tensor *weight, orepa_
   bool was = orepa_set_grad_enabled(false), empty = orepa_count(x) == 0;
   int failed = 0;
   if (empty && norm->training) { /* nothing to measure: neither output nor statistics change */
-    c.mean = orepa_full(channel_dtype(x), x->storage->device, 1, &x->shape[1], 0);
+    c.mean = orepa_full(op_channel_dtype(x), x->storage->device, 1, &x->shape[1], 0);
     c.inverse = c.mean ? orepa_retain(c.mean) : NULL;
     failed = !c.mean || !(y = orepa_empty(x->dtype, x->storage->device, x->rank, x->shape));
   } else {

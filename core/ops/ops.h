@@ -18,6 +18,9 @@ int op_same_kind(const char *op, int count, orepa_tensor *const *tensors, const 
 /* Contiguous, without a graph: what kernels with dense arguments read. A new reference. */
 orepa_tensor *op_dense(orepa_tensor *t);
 
+/* The type of what is kept for each channel of a map, statistics and parameters: float32 beside short floats. */
+orepa_dtype op_channel_dtype(const orepa_tensor *map);
+
 /* y = f(a, b) without recording, for backward functions; numbers by OPERAND_NUMBER. */
 #define OPERAND(t) ((orepa_operand){.tensor = (t)})
 #define OPERAND_NUMBER(x) ((orepa_operand){.number = (x)})

@@ -94,6 +94,11 @@ bool orepa_is_contiguous(const orepa_tensor *t) {
   return shape_has_strides(t->rank, t->shape, t->strides, strides);
 }
 
+bool tensor_is_whole(const orepa_tensor *t) {
+  return t->offset == 0 && orepa_is_contiguous(t) &&
+         (size_t)orepa_count(t) * orepa_dtype_size(t->dtype) == t->storage->bytes;
+}
+
 /* ---- making ---- */
 
 static orepa_tensor *tensor_allocate(void) {
@@ -179,6 +184,7 @@ orepa_tensor *orepa_retain(orepa_tensor *t) {
 static void storage_release(tensor_storage *storage) {
   if (atomic_fetch_sub_explicit(&storage->references, 1, memory_order_acq_rel) != 1)
     return;
+  orepa_release(storage->moments);
   allocator_put(storage->device, storage->memory, storage->bytes);
   free(storage);
 }
@@ -208,13 +214,19 @@ static int storage_fill(tensor_storage *storage) {
   return storage->memory ? 0 : -1;
 }
 
-static void array_of(const orepa_tensor *t, device_array *array) {
-  char *memory = t->storage->memory; /* NULL where there is no element, whatever the offset */
-  array->data = memory ? memory + (size_t)t->offset * orepa_dtype_size(t->dtype) : NULL;
+void tensor_outline(const orepa_tensor *t, device_array *array) {
+  array->data = NULL;
   array->dtype = t->dtype;
   array->rank = t->rank;
   memcpy(array->shape, t->shape, sizeof array->shape);
   memcpy(array->strides, t->strides, sizeof array->strides);
+}
+
+static void array_of(const orepa_tensor *t, device_array *array) {
+  char *memory = t->storage->memory; /* NULL where there is no element, whatever the offset */
+  tensor_outline(t, array);
+  if (memory)
+    array->data = memory + (size_t)t->offset * orepa_dtype_size(t->dtype);
 }
 
 int tensor_reads(orepa_tensor *t, device_array *array) {
@@ -234,6 +246,21 @@ int tensor_writes(orepa_tensor *t, device_array *array) {
 
 int tensor_materialize(orepa_tensor *t) {
   return storage_fill(t->storage);
+}
+
+/* ---- statistics that came with a map ---- */
+
+void tensor_keep_moments(orepa_tensor *t, orepa_tensor *moments) {
+  orepa_release(t->storage->moments);
+  t->storage->moments = orepa_retain(moments);
+  t->storage->moments_version = t->storage->version;
+}
+
+orepa_tensor *tensor_moments(const orepa_tensor *t) {
+  const tensor_storage *storage = t->storage;
+  bool holds = storage->moments && storage->moments_version == storage->version && t->rank == 4 &&
+               t->shape[1] == storage->moments->shape[2] && tensor_is_whole(t);
+  return holds ? storage->moments : NULL;
 }
 
 /* ---- public: making and asking ---- */

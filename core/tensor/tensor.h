@@ -20,6 +20,8 @@ typedef struct {
   size_t bytes;
   void *memory; /* NULL until it is needed */
   uint64_t version;
+  orepa_tensor *moments; /* of the map that it holds, taken while it was written (device.h); NULL: none */
+  uint64_t moments_version;
   bool viewed_in_graph; /* a view of it was made while a graph was recorded: in-place ops with gradients are refused */
 } tensor_storage;
 
@@ -40,6 +42,15 @@ struct orepa_tensor {
 int tensor_reads(orepa_tensor *t, device_array *array);
 int tensor_writes(orepa_tensor *t, device_array *array);
 
+/* A tensor as a kernel sees it, without memory: for questions about shapes. */
+void tensor_outline(const orepa_tensor *t, device_array *array);
+
+/* ---- statistics that came with a map: moments (chunks, 4, C) of a whole tensor (N, C, H, W) as it is now, kept until
+ * it is written. */
+void tensor_keep_moments(orepa_tensor *t, orepa_tensor *moments);
+/* Borrowed; NULL if there are none, or t is not the whole map any more. */
+orepa_tensor *tensor_moments(const orepa_tensor *t);
+
 /* ---- making */
 /* Checks rank, sizes and that the bytes can be counted. No memory is allocated before the first door. */
 orepa_tensor *tensor_new(orepa_dtype dtype, const orepa_device *device, int rank, const int64_t *shape);
@@ -58,6 +69,8 @@ void shape_strides(int rank, const int64_t *shape, int64_t *strides);
 void shape_row_major(int rank, const int64_t *shape, int64_t *strides);
 /* Whether the strides are these, sizes of 1 left aside. */
 bool shape_has_strides(int rank, const int64_t *shape, const int64_t *strides, const int64_t *wanted);
+/* Whether t is all of its storage, contiguous. */
+bool tensor_is_whole(const orepa_tensor *t);
 bool shape_equal(const orepa_tensor *a, const orepa_tensor *b);
 /* The axis, counted from 0, of `axis` in [-rank, rank); -1 and a message otherwise. */
 int shape_axis(const char *op, int rank, int axis);

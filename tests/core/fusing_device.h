@@ -1,0 +1,37 @@
+/* fusing_device.h: the device `cpu` under another table, which says that convolutions fuse their prologue and moments
+ * (its entries then do so by separate kernels, with the same result) and counts what is asked of it. */
+#ifndef OREPA_TESTS_FUSING_DEVICE_H
+#define OREPA_TESTS_FUSING_DEVICE_H
+
+#include "device.h"
+
+typedef struct {
+  int moments; /* passes over a map for its moments, those that convolutions make among them */
+} fusing_counts;
+
+static fusing_counts asked;
+static orepa_device fusing_table;
+
+static device_conv_fusion fusing_conv_fusion(device_context *context, const orepa_conv *conv, const device_array *y,
+                                             const device_array *x, const device_array *w) {
+  (void)context, (void)conv;
+  assert_true(!y->data && !x->data && !w->data && y->rank == 4 && x->rank == 4 && w->rank == 4);
+  return (device_conv_fusion){.prologue = true, .weight_prologue = true, .moments = true};
+}
+
+static device_status fusing_norm_moments(device_context *context, const device_array *moments, const device_array *x) {
+  asked.moments++;
+  return cpu_device()->norm_moments(context, moments, x);
+}
+
+static const orepa_device *fusing_device(void) {
+  if (!fusing_table.version) {
+    fusing_table = *cpu_device();
+    fusing_table.name = "fusing";
+    fusing_table.conv_fusion = fusing_conv_fusion;
+    fusing_table.norm_moments = fusing_norm_moments;
+  }
+  return &fusing_table;
+}
+
+#endif
