@@ -32,6 +32,7 @@ typedef struct device_context {
   int index;    /* which of several */
   void *stream; /* order of work; NULL where the device is synchronous */
   bool deterministic;
+  bool accurate; /* convolutions by the most accurate way, not the fastest */
   /* Scratch of this size, aligned to 64 bytes, valid until the entry returns; NULL with a message. One block an entry.
    */
   void *(*workspace)(struct device_context *context, size_t bytes);

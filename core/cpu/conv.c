@@ -1,14 +1,18 @@
 /* conv.c: convolution in its three directions: sizes taken from the arrays, the fastest way chosen for them, and around
  * it what every way needs (an input normalised first, a dense bias, empty arrays).
  *
- * The ways, for float32: by positions on small maps; oneDNN's kernels; by lowering. The choice was measured;
- * `preferred` says when which is the fastest. For bfloat16: oneDNN's kernels, and float32 where it has none. */
+ * The ways, for float32: by positions on small maps; Winograd's for 3x3; oneDNN's kernels; by lowering. The choice was
+ * measured; `preferred` says when which is the fastest. For bfloat16: oneDNN's kernels, and float32 where it has none.
+ * OREPA_CONV=winograd|direct forces Winograd's way wherever it exists, or never. */
+#include <pthread.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "cpu/conv.h"
 #include "cpu/features.h"
 #include "cpu/onednn.h"
 #include "cpu/scratch.h"
+#include "cpu/winograd.h"
 
 #define DECLARE(entry) __typeof__(*((orepa_device *)0)->entry) cpu_##entry
 DECLARE(conv_fusion);
@@ -49,15 +53,33 @@ static bool supported(const device_array *x, const device_array *w, const device
 
 /* ---- which way ---- */
 
-typedef enum { BY_POSITIONS, BY_LOWERING, BY_ONEDNN } conv_way;
+typedef enum { BY_POSITIONS, BY_LOWERING, BY_ONEDNN, BY_WINOGRAD } conv_way;
+
+static struct {
+  pthread_once_t once;
+  bool winograd, direct;
+} forced = {.once = PTHREAD_ONCE_INIT};
+
+static void read_forced(void) {
+  const char *way = getenv("OREPA_CONV");
+  forced.winograd = way && !strcmp(way, "winograd");
+  forced.direct = way && !strcmp(way, "direct");
+}
+
+static bool by_winograd(conv_direction direction, const conv_geometry *g, bool accurate) {
+  pthread_once(&forced.once, read_forced);
+  return winograd_can(g) && !accurate && !forced.direct && (forced.winograd || winograd_suits(direction, g));
+}
 
 enum { LEAST_RUN = 128 /* numbers side by side in a patch, from which gathering patches is cheap */ };
 
 /* oneDNN's kernels for AVX-512 are as fast as a product. Those for AVX2 lose to it where they step over pixels and in
  * the weight gradient, unless the patches are crumbs (first layers, depthwise). */
-static conv_way preferred(conv_direction direction, const conv_geometry *g) {
+static conv_way preferred(conv_direction direction, const conv_geometry *g, bool accurate) {
   if (g->dtype != OREPA_FLOAT32)
     return BY_ONEDNN;
+  if (by_winograd(direction, g, accurate))
+    return BY_WINOGRAD;
   if (conv_positions_suit(direction, g))
     return BY_POSITIONS;
   bool strided = g->stride[0] > 1 || g->stride[1] > 1;
@@ -66,9 +88,9 @@ static conv_way preferred(conv_direction direction, const conv_geometry *g) {
 }
 
 /* The way and its scratch: float32 is lowered where oneDNN has nothing good. */
-static device_status choose(conv_direction direction, const conv_geometry *g, bool has_bias, conv_way *way,
-                            size_t *bytes) {
-  *way = preferred(direction, g);
+static device_status choose(conv_direction direction, const conv_geometry *g, bool has_bias, bool accurate,
+                            conv_way *way, size_t *bytes) {
+  *way = preferred(direction, g, accurate);
   *bytes = 0;
   if (*way == BY_ONEDNN) {
     device_status status = onednn_conv_scratch(direction, g, has_bias, bytes);
@@ -76,7 +98,9 @@ static device_status choose(conv_direction direction, const conv_geometry *g, bo
       return status;
     *way = BY_LOWERING;
   }
-  if (*way != BY_ONEDNN)
+  if (*way == BY_WINOGRAD)
+    *bytes = winograd_scratch(direction, g);
+  else if (*way != BY_ONEDNN)
     *bytes = *way == BY_POSITIONS ? conv_positions_scratch(direction, g) : conv_lowered_scratch(g);
   return DEVICE_DONE;
 }
@@ -86,17 +110,21 @@ static device_status choose(conv_direction direction, const conv_geometry *g, bo
 /* A convolution on its way: what is planned before scratch is taken, and the pointers. */
 typedef struct {
   conv_direction direction;
+  bool accurate;
   conv_geometry g;    /* as it is computed */
   conv_geometry seen; /* of the points that a strided 1x1 sees; g is then that of the points alone */
   bool takes_points;
   conv_way way;
   cpu_scratch scratch;
-  size_t own, points, normal, lent, dense_bias; /* places */
+  size_t own, points, normal, lent, dense[3]; /* places */
   size_t lent_bytes;
   bool widens; /* bfloat16 computed in float32: g is then that of float32 */
   size_t wide_x, wide_w, wide_y, wide_bias;
   void *x, *w, *y;
   const void *bias;
+  const float *scale, *shift; /* of a prologue that is fused */
+  bool relu;
+  float *moments; /* that are fused */
 } conv_work;
 
 static bool is_strided_point(const conv_geometry *g) {
@@ -126,13 +154,13 @@ static int64_t count_y(const conv_geometry *g) {
 
 static device_status plan_in_type(conv_work *c, bool has_bias) {
   size_t bytes, size = orepa_dtype_size((orepa_dtype)c->g.dtype);
-  c->takes_points = is_strided_point(&c->g) && preferred(c->direction, &c->g) != BY_POSITIONS;
+  c->takes_points = is_strided_point(&c->g) && preferred(c->direction, &c->g, c->accurate) != BY_POSITIONS;
   if (c->takes_points) {
     c->seen = c->g;
     c->g = of_points(&c->seen);
     c->points = scratch_place(&c->scratch, (size_t)count_x(&c->g) * size);
   }
-  device_status status = choose(c->direction, &c->g, has_bias, &c->way, &bytes);
+  device_status status = choose(c->direction, &c->g, has_bias, c->accurate, &c->way, &bytes);
   c->own = scratch_place(&c->scratch, bytes);
   return status;
 }
@@ -170,7 +198,15 @@ static device_status compute_in_type(conv_work *c) {
     if (c->direction != CONV_BACKWARD_DATA)
       conv_take_points(&c->seen, size, x, c->x);
   }
-  if (c->way == BY_ONEDNN) {
+  if (c->way == BY_WINOGRAD) {
+    winograd_operands operands = {.conv = {&c->g, x, c->w, c->y, c->bias},
+                                  .scale = c->scale,
+                                  .shift = c->shift,
+                                  .relu_x = c->relu,
+                                  .moments = c->moments};
+    winograd_conv(c->direction, &operands, own);
+    status = DEVICE_DONE;
+  } else if (c->way == BY_ONEDNN) {
     status = onednn_conv(c->direction, &c->g, x, c->w, c->y, c->bias, own);
   } else {
     conv_operands operands = {&c->g, x, c->w, c->y, c->bias};
@@ -221,15 +257,51 @@ static device_status compute(device_context *context, conv_work *c) {
   return status;
 }
 
-/* ---- the prologue: the input normalised into scratch ---- */
+/* ---- what goes with a convolution: numbers of the channels, an input to be normalised ---- */
 
-static void plan_prologue(conv_work *c, const device_array *x) {
-  c->normal = scratch_place(&c->scratch, (size_t)count(x) * orepa_dtype_size(x->dtype));
-  plan_lent(c, 16 * x->shape[1]);
+/* Room for the numbers of `a`, if they have to be moved side by side. */
+static size_t place_dense(conv_work *c, const device_array *a) {
+  return scratch_place(&c->scratch, a ? (size_t)a->shape[0] * orepa_dtype_size(a->dtype) : 0);
+}
+
+static const void *dense(const conv_work *c, const device_array *a, size_t place) {
+  size_t size = orepa_dtype_size(a->dtype);
+  char *copy = c->scratch.memory + place;
+  if (a->strides[0] == 1)
+    return a->data;
+  for (int64_t o = 0; o < a->shape[0]; o++)
+    memcpy(copy + (size_t)o * size, (const char *)a->data + o * a->strides[0] * (int64_t)size, size);
+  return copy;
+}
+
+/* Whether a planned convolution normalises its input as it reads it, and measures its output as it writes it. */
+static device_conv_fusion fusion_of(const conv_work *c) {
+  bool winograd = c->way == BY_WINOGRAD && !c->widens, fuses = winograd && winograd_fuses_prologue();
+  return (device_conv_fusion){fuses, fuses, winograd};
+}
+
+static void plan_prologue(conv_work *c, const device_array *x, const device_prologue *prologue) {
+  if (!prologue)
+    return;
+  if (fusion_of(c).prologue) {
+    c->dense[0] = place_dense(c, &prologue->scale);
+    c->dense[1] = place_dense(c, &prologue->shift);
+  } else {
+    c->normal = scratch_place(&c->scratch, (size_t)count(x) * orepa_dtype_size(x->dtype));
+    plan_lent(c, 16 * x->shape[1]);
+  }
 }
 
 static device_status run_prologue(device_context *context, conv_work *c, const device_array *x,
                                   const device_prologue *prologue) {
+  if (!prologue)
+    return DEVICE_DONE;
+  if (fusion_of(c).prologue) {
+    c->scale = dense(c, &prologue->scale, c->dense[0]);
+    c->shift = dense(c, &prologue->shift, c->dense[1]);
+    c->relu = prologue->relu;
+    return DEVICE_DONE;
+  }
   device_context lent = scratch_lend(context, c->scratch.memory + c->lent, c->lent_bytes);
   device_array normal = *x;
   normal.data = c->x = c->scratch.memory + c->normal;
@@ -238,11 +310,20 @@ static device_status run_prologue(device_context *context, conv_work *c, const d
 
 /* ---- entries ---- */
 
-/* No way of computing a convolution normalises its input or measures its output as it goes. */
 device_conv_fusion cpu_conv_fusion(device_context *context, const orepa_conv *conv, const device_array *y,
                                    const device_array *x, const device_array *w) {
-  (void)context, (void)conv, (void)y, (void)x, (void)w;
-  return (device_conv_fusion){false, false, false};
+  bool empty = count(y) == 0 || count(x) == 0 || count(w) == 0;
+  conv_work forward = {.g = geometry_of(conv, x, w, y), .accurate = context->accurate};
+  if (empty || !supported(x, w, y, NULL))
+    return (device_conv_fusion){false, false, false};
+  conv_work weight = forward;
+  forward.direction = CONV_FORWARD;
+  weight.direction = CONV_BACKWARD_WEIGHT;
+  forward.way = preferred(CONV_FORWARD, &forward.g, context->accurate);
+  weight.way = preferred(CONV_BACKWARD_WEIGHT, &weight.g, context->accurate);
+  device_conv_fusion fusion = fusion_of(&forward);
+  fusion.weight_prologue = fusion_of(&weight).weight_prologue;
+  return fusion;
 }
 
 /* y = bias, or zeros: what is left where the kernel or the map is empty. */
@@ -256,48 +337,43 @@ static device_status fill_result(device_context *context, const device_array *y,
   return context->device->copy(context, y, &spread);
 }
 
-/* The bias without gaps. */
-static const void *dense_bias(const conv_work *c, const device_array *bias) {
-  size_t size = orepa_dtype_size(bias->dtype);
-  char *dense = c->scratch.memory + c->dense_bias;
-  if (bias->strides[0] == 1)
-    return bias->data;
-  for (int64_t o = 0; o < bias->shape[0]; o++)
-    memcpy(dense + (size_t)o * size, (const char *)bias->data + o * bias->strides[0] * (int64_t)size, size);
-  return dense;
-}
-
-static device_status forward(device_context *context, conv_work *c, const device_array *x, const device_array *bias,
-                             const device_prologue *prologue) {
+static device_status forward(device_context *context, conv_work *c, const device_array *y, const device_array *x,
+                             const device_array *bias, const device_prologue *prologue, const device_array *moments) {
   device_status status = plan(c, bias);
   if (status != DEVICE_DONE)
     return status;
-  if (prologue)
-    plan_prologue(c, x);
-  c->dense_bias = scratch_place(&c->scratch, bias ? (size_t)bias->shape[0] * orepa_dtype_size(bias->dtype) : 0);
+  plan_prologue(c, x, prologue);
+  c->dense[2] = place_dense(c, bias);
   if (!scratch_take(&c->scratch, context))
     return DEVICE_FAILED;
-  c->bias = bias ? dense_bias(c, bias) : NULL;
-  if (prologue)
-    status = run_prologue(context, c, x, prologue);
-  return status ? status : compute(context, c);
+  c->bias = bias ? dense(c, bias, c->dense[2]) : NULL;
+  c->moments = moments && fusion_of(c).moments ? moments->data : NULL;
+  status = run_prologue(context, c, x, prologue);
+  if (status == DEVICE_DONE)
+    status = compute(context, c);
+  return status == DEVICE_DONE && moments && !c->moments ? context->device->norm_moments(context, moments, y) : status;
 }
 
 device_status cpu_conv_forward(device_context *context, const orepa_conv *conv, const device_array *y,
                                const device_array *x, const device_array *w, const device_array *bias,
                                const device_prologue *prologue, const device_array *moments) {
-  conv_work c = {.direction = CONV_FORWARD, .g = geometry_of(conv, x, w, y), .x = x->data, .w = w->data, .y = y->data};
+  conv_work c = {.direction = CONV_FORWARD,
+                 .accurate = context->accurate,
+                 .g = geometry_of(conv, x, w, y),
+                 .x = x->data,
+                 .w = w->data,
+                 .y = y->data};
   if (!supported(x, w, y, bias))
     return DEVICE_UNSUPPORTED;
-  device_status status = count(y) == 0                    ? DEVICE_DONE
-                         : count(x) == 0 || count(w) == 0 ? fill_result(context, y, bias)
-                                                          : forward(context, &c, x, bias, prologue);
+  if (count(y) && count(x) && count(w))
+    return forward(context, &c, y, x, bias, prologue, moments);
+  device_status status = count(y) ? fill_result(context, y, bias) : DEVICE_DONE;
   return status == DEVICE_DONE && moments ? context->device->norm_moments(context, moments, y) : status;
 }
 
 device_status cpu_conv_backward_data(device_context *context, const orepa_conv *conv, const device_array *dx,
                                      const device_array *dy, const device_array *w) {
-  conv_work c = {.direction = CONV_BACKWARD_DATA, .g = geometry_of(conv, dx, w, dy)};
+  conv_work c = {.direction = CONV_BACKWARD_DATA, .accurate = context->accurate, .g = geometry_of(conv, dx, w, dy)};
   if (!supported(dx, w, dy, NULL))
     return DEVICE_UNSUPPORTED;
   if (count(dx) == 0 || count(dy) == 0 || count(w) == 0)
@@ -318,19 +394,17 @@ static device_status backward_weight(device_context *context, conv_work *c, cons
   device_status status = plan(c, false);
   if (status != DEVICE_DONE)
     return status;
-  if (prologue)
-    plan_prologue(c, x);
+  plan_prologue(c, x, prologue);
   if (!scratch_take(&c->scratch, context))
     return DEVICE_FAILED;
-  if (prologue)
-    status = run_prologue(context, c, x, prologue);
-  return status ? status : compute(context, c);
+  status = run_prologue(context, c, x, prologue);
+  return status == DEVICE_DONE ? compute(context, c) : status;
 }
 
 device_status cpu_conv_backward_weight(device_context *context, const orepa_conv *conv, const device_array *dw,
                                        const device_array *dbias, const device_array *x, const device_array *dy,
                                        const device_prologue *prologue) {
-  conv_work c = {.direction = CONV_BACKWARD_WEIGHT, .g = geometry_of(conv, x, dw, dy)};
+  conv_work c = {.direction = CONV_BACKWARD_WEIGHT, .accurate = context->accurate, .g = geometry_of(conv, x, dw, dy)};
   if (!supported(x, dw, dy, dbias))
     return DEVICE_UNSUPPORTED;
   c.x = x->data;

@@ -251,6 +251,9 @@ typedef struct {
 
 /* Cross-correlation: x (N, I, H, W), weight (O, I/groups, KH, KW), bias (O) or NULL: (N, O, P, Q). */
 OREPA_API orepa_tensor *orepa_conv2d(orepa_tensor *x, orepa_tensor *weight, orepa_tensor *bias, const orepa_conv *conv);
+/* Whether a device's convolutions go by the fastest way (the default; for float32 the error may be 5e-6 of the largest
+ * magnitude) or by the most accurate. */
+OREPA_API void orepa_set_conv_accuracy(const orepa_device *device, bool high);
 /* The taps of a kernel that meet the map at some output, for a map of `size`: rows first[0] ... last[0]-1, columns
  * likewise. A 3x3 kernel with padding 1 has one of them on a map of 1x1. */
 typedef struct {

@@ -54,6 +54,10 @@ orepa_taps orepa_conv2d_taps(const orepa_conv *conv, const int64_t kernel[2], co
   return taps;
 }
 
+void orepa_set_conv_accuracy(const orepa_device *device, bool high) {
+  device_context_of(device)->accurate = high;
+}
+
 /* ---- backward ---- */
 
 static int conv_backward(autograd_node *node, orepa_tensor *given, orepa_tensor **dx) {

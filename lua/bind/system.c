@@ -1,4 +1,5 @@
 /* system.c: seeds, memory, threads, the clock. */
+#include <string.h>
 #include <unistd.h>
 
 #include "bind.h"
@@ -90,6 +91,15 @@ static int l_threads(lua_State *L) {
   return 1;
 }
 
+static int l_set_conv_accuracy(lua_State *L) {
+  const char *accuracy = luaL_checkstring(L, 1);
+  bool high = !strcmp(accuracy, "high");
+  if (!high && strcmp(accuracy, "fast"))
+    return bind_error(L, "set_conv_accuracy: '%s'; there are fast, high", accuracy);
+  orepa_set_conv_accuracy(device_argument(L, 2), high);
+  return 0;
+}
+
 static int l_clock(lua_State *L) {
   lua_pushnumber(L, orepa_clock());
   return 1;
@@ -132,6 +142,10 @@ static const bind_row rows[] = {
     {"set_threads", l_set_threads,
      "set_threads(count)\nHow many threads kernels use.\n> orepa.set_threads(orepa.threads())"},
     {"threads", l_threads, "threads() -> integer\nHow many threads kernels use.\n> orepa.threads()"},
+    {"set_conv_accuracy", l_set_conv_accuracy,
+     "set_conv_accuracy(\"fast\" | \"high\", device)\nWhich way a device's convolutions go: the fastest (at first), "
+     "whose "
+     "float32 error may be 5e-6 of the largest magnitude, or the most accurate.\n> orepa.set_conv_accuracy(\"high\")"},
     {"clock", l_clock, "clock() -> seconds\nA monotonic clock.\n> orepa.clock()"},
     {"build_info", l_build_info,
      "build_info() -> string\nLibraries with their versions, and the processor's features.\n"

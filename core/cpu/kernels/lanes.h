@@ -4,6 +4,10 @@
 #ifndef OREPA_CORE_CPU_LANES_H
 #define OREPA_CORE_CPU_LANES_H
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 #include "dtype.h"
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
@@ -73,12 +77,55 @@ static ALWAYS_INLINE float_lanes load_some_lanes(const void *from, int64_t k, in
   return load_lanes(floats, 0, false);
 }
 
+/* The same for float32 alone, by the instruction set's masks. */
+static ALWAYS_INLINE float_lanes load_first_lanes(const float *from, int64_t count) {
+#if defined(__AVX512F__)
+  return (float_lanes)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), from);
+#elif defined(__AVX__)
+  static const int32_t mask[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  return (float_lanes)_mm256_maskload_ps(from, _mm256_loadu_si256((const __m256i *)(mask + 8 - count)));
+#else
+  return load_some_lanes(from, 0, count, false);
+#endif
+}
+
 static ALWAYS_INLINE void store_some_lanes(void *to, int64_t k, float_lanes value, int64_t count, bool half) {
   if (count == LANES)
     store_lanes(to, k, value, half);
   else
     for (int64_t l = 0; l < count; l++)
       store_float(to, k + l, value[l], half);
+}
+
+static ALWAYS_INLINE void store_first_lanes(float *to, float_lanes value, int64_t count) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(to, (__mmask16)((1u << count) - 1), (__m512)value);
+#elif defined(__AVX__)
+  static const int32_t mask[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  _mm256_maskstore_ps(to, _mm256_loadu_si256((const __m256i *)(mask + 8 - count)), (__m256)value);
+#else
+  store_some_lanes(to, 0, value, count, false);
+#endif
+}
+
+/* ---- past the caches, for results that are too large to be read from there: only whole cache lines go that way
+ * without loss, so only the widest vectors do. `to` is aligned to them; stream_end() stands before another thread
+ * reads. ---- */
+
+enum { STREAMS = sizeof(float_lanes) == 64 };
+
+static ALWAYS_INLINE void stream_lanes(float *to, float_lanes value) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(to, (__m512)value);
+#else
+  store_lanes(to, 0, value, false);
+#endif
+}
+
+static ALWAYS_INLINE void stream_end(void) {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
 }
 
 #endif

@@ -1,5 +1,6 @@
 /* table.c: this instruction set's kernels, put into a device's table. */
 #include "cpu/kernels/kernels.h"
+#include "cpu/kernels/winograd.h"
 
 void KERNEL(install)(orepa_device *device);
 
@@ -8,3 +9,12 @@ void KERNEL(install)(orepa_device *device) {
   KERNEL_ENTRIES(KERNEL_INSTALL)
 #undef KERNEL_INSTALL
 }
+
+#ifdef __FP_FAST_FMAF
+enum { ROUNDS_ONCE = true };
+#else
+enum { ROUNDS_ONCE = false };
+#endif
+
+const winograd_kernels KERNEL(winograd) = {KERNEL(winograd_forward_scratch), KERNEL(winograd_forward),
+                                           KERNEL(winograd_weight_scratch), KERNEL(winograd_weight), ROUNDS_ONCE};

@@ -1,0 +1,183 @@
+/* winograd_forward.c: Winograd's convolution forward, and its data gradient, which is the same with the kernel turned.
+ *
+ * A block of tiles is transformed, multiplied and transformed back before the next one, so that what stands between
+ * stays in the second cache. Threads share out blocks; or, where these are few, output channels. Which it is changes no
+ * bit: blocks, and the chunks of moments that are made of them, hang on sizes alone. */
+#include <omp.h>
+
+#include "cpu/kernels/product.h"
+#include "cpu/kernels/winograd.h"
+
+enum {
+  FEW_CHANNELS = 128,        /* up to these a block is small, and its matrices stay in the second cache */
+  SMALL_BLOCK = 28,          /* tiles */
+  LARGE_BLOCK = 112,         /* so many that a kernel larger than the cache is worth reading */
+  STREAMED_MAP = 1 << 22,    /* bytes of a map that is written past the caches */
+  STREAMED_KERNEL = 1 << 22, /* bytes of a transformed kernel */
+};
+
+typedef struct {
+  winograd_map x;
+  winograd_result y;
+  winograd_tiling tiling;
+  const float *w;
+  int64_t w_out, w_in; /* of the kernel as it is stored */
+  bool turned;
+  int64_t out, panels;
+  int64_t tiles, blocks, chunks;                                   /* tiles of a block; chunks of moments */
+  int64_t v_row, v_matrix, m_row, m_matrix, u_matrix, block_bytes; /* steps in floats; bytes of a block's description */
+  bool by_channels;
+} forward_plan;
+
+/* Sizes of group 0; pointers are set later. */
+static forward_plan make_plan(conv_direction direction, const conv_geometry *g, int threads) {
+  bool turned = direction == CONV_BACKWARD_DATA;
+  const int64_t *from = turned ? g->result : g->size, *to = turned ? g->size : g->result;
+  forward_plan p = {.w_out = g->out, .w_in = g->in, .turned = turned, .out = turned ? g->in : g->out};
+  p.x = (winograd_map){.size = {from[0], from[1]}, .channels = turned ? g->out : g->in};
+  p.x.step = g->groups * p.x.channels;
+  p.y = (winograd_result){.size = {to[0], to[1]}, .step = g->groups * p.out};
+  for (int d = 0; d < 2; d++)
+    p.x.padding[d] = turned ? 2 - g->padding[d] : g->padding[d];
+  p.tiling = KERNEL(winograd_tiling_of)(g->batch, to);
+  p.panels = divide_up(p.out, PANEL);
+
+  int64_t most = larger(p.x.channels, p.out) <= FEW_CHANNELS ? SMALL_BLOCK : LARGE_BLOCK;
+  p.blocks = divide_up(p.tiling.count, most);
+  p.blocks += p.blocks % 2 && p.blocks > 1;
+  p.tiles = divide_up(p.tiling.count, p.blocks);
+  p.blocks = divide_up(p.tiling.count, p.tiles);
+  p.chunks = smaller(p.blocks, moments_chunks(g->batch * pixels(to)));
+  p.chunks = divide_up(p.blocks, divide_up(p.blocks, p.chunks));
+  p.by_channels = p.chunks % threads != 0 && p.chunks < 4 * threads;
+
+  p.v_row = divide_up(p.x.channels, LANES) * LANES + GAP;
+  p.v_matrix = p.tiles * p.v_row + GAP;
+  p.m_row = p.panels * PANEL + GAP;
+  p.m_matrix = p.tiles * p.m_row + GAP;
+  p.u_matrix = p.panels * PANEL * p.x.channels + GAP;
+  p.block_bytes = (int64_t)winograd_block_bytes(p.tiles);
+  return p;
+}
+
+/* Floats of the pieces of scratch: the kernel; maps by blocks, or one for each thread; sums, one for each thread. */
+static int64_t u_size(const forward_plan *p) {
+  return divide_up(ELEMENTS * p->u_matrix, 16) * 16;
+}
+static int64_t v_size(const forward_plan *p) {
+  return divide_up(ELEMENTS * p->v_matrix, 16) * 16;
+}
+static int64_t m_size(const forward_plan *p) {
+  return divide_up(ELEMENTS * p->m_matrix, 16) * 16;
+}
+
+size_t KERNEL(winograd_forward_scratch)(conv_direction direction, const conv_geometry *g, int threads) {
+  forward_plan p = make_plan(direction, g, threads);
+  int64_t vs = p.by_channels ? p.blocks : threads;
+  return (size_t)(u_size(&p) + vs * v_size(&p) + threads * m_size(&p)) * sizeof(float) + (size_t)(vs * p.block_bytes);
+}
+
+static void cut_block(const forward_plan *p, int64_t k, winograd_block *block) {
+  int64_t first = k * p->tiles;
+  KERNEL(winograd_cut)(&p->tiling, first, smaller(p->tiles, p->tiling.count - first), block);
+}
+
+static void count_pixels(const winograd_block *block, bool begins, int64_t channels, float *counts) {
+  int64_t pixels_in_map = 0;
+  for (int k = 0; k < block->count; k++)
+    pixels_in_map += block->tiles[k].rows * block->tiles[k].columns;
+  for (int64_t c = 0; c < channels; c++)
+    counts[c] = (begins ? 0 : counts[c]) + (float)pixels_in_map;
+}
+
+/* The block's outputs of panels first ... last-1. */
+static void finish_block(const forward_plan *p, const winograd_block *block, int64_t k, int64_t first, int64_t last,
+                         const float *u, const float *v, float *m) {
+  int64_t depth = p->x.channels, channel = first * PANEL, columns = smaller(p->out, last * PANEL) - channel;
+  for (int e = 0; e < ELEMENTS; e++) {
+    int low, high;
+    winograd_rows(block, e, &low, &high);
+    for (int64_t panel = first; panel < last && high > low; panel++) {
+      int width = p->out - panel * PANEL > LANES ? PANEL : LANES;
+      KERNEL(winograd_product)
+      (false, high - low, depth, v + e * p->v_matrix + low * p->v_row, p->v_row,
+       u + e * p->u_matrix + panel * PANEL * depth, PANEL, width,
+       m + e * p->m_matrix + low * p->m_row + (panel - first) * PANEL, p->m_row, false);
+    }
+  }
+  winograd_result y = p->y;
+  int64_t of_chunk = divide_up(p->blocks, p->chunks);
+  y.begins = k % of_chunk == 0;
+  if (y.moments) {
+    y.moments += k / of_chunk * 4 * y.moments_step;
+    count_pixels(block, y.begins, columns, y.moments + channel);
+  }
+  KERNEL(winograd_give)(&y, block, channel, columns, m, p->m_row, p->m_matrix);
+}
+
+static void run_group(const forward_plan *p, int threads, float *scratch) {
+  float *u = scratch, *vs = u + u_size(p), *ms = vs + (p->by_channels ? p->blocks : threads) * v_size(p);
+  char *blocks = (char *)(ms + threads * m_size(p));
+#pragma omp parallel num_threads(threads)
+  {
+    int me = omp_get_thread_num(), all = omp_get_num_threads();
+    float *m = ms + me * m_size(p);
+#pragma omp for schedule(static)
+    for (int64_t panel = 0; panel < p->panels; panel++)
+      KERNEL(winograd_take_kernel)
+    (p->w, p->w_out, p->w_in, p->turned, panel, panel + 1, u + panel * PANEL * p->x.channels, p->u_matrix,
+     STREAMS && u_size(p) * (int64_t)sizeof(float) >= STREAMED_KERNEL);
+    if (p->by_channels) {
+      for (int64_t k = 0; k < p->blocks; k++) {
+        winograd_block *block = (winograd_block *)(blocks + k * p->block_bytes);
+#pragma omp single
+        cut_block(p, k, block);
+        KERNEL(winograd_take)
+        (&p->x, block, block->count * me / all, block->count * (me + 1) / all, vs + k * v_size(p), p->v_row,
+         p->v_matrix);
+      }
+#pragma omp barrier
+      int64_t first = p->panels * me / all, last = p->panels * (me + 1) / all;
+      for (int64_t k = 0; k < p->blocks && last > first; k++)
+        finish_block(p, (winograd_block *)(blocks + k * p->block_bytes), k, first, last, u, vs + k * v_size(p), m);
+    } else {
+      winograd_block *block = (winograd_block *)(blocks + me * p->block_bytes);
+      float *v = vs + me * v_size(p);
+      int64_t of_chunk = divide_up(p->blocks, p->chunks);
+      for (int64_t k = p->chunks * me / all * of_chunk; k < smaller(p->blocks, p->chunks * (me + 1) / all * of_chunk);
+           k++) {
+        cut_block(p, k, block);
+        KERNEL(winograd_take)(&p->x, block, 0, block->count, v, p->v_row, p->v_matrix);
+        finish_block(p, block, k, 0, p->panels, u, v, m);
+      }
+    }
+    stream_end();
+  }
+}
+
+void KERNEL(winograd_forward)(conv_direction direction, const winograd_operands *o, int threads, void *scratch) {
+  const conv_geometry *g = o->conv.g;
+  forward_plan p = make_plan(direction, g, threads);
+  const float *x = p.turned ? o->conv.y : o->conv.x, *w = o->conv.w;
+  float *y = p.turned ? o->conv.x : o->conv.y;
+  p.x.relu = o->relu_x;
+  p.y.relu = o->relu_y;
+  p.y.moments_step = p.y.step;
+  p.y.streams = STREAMS && g->batch * pixels(p.y.size) * p.y.step * (int64_t)sizeof(float) >= STREAMED_MAP &&
+                p.out % LANES == 0 && (uintptr_t)y % sizeof(float_lanes) == 0;
+  if (o->moments) {
+    int64_t left = moments_chunks(g->batch * pixels(p.y.size)) - p.chunks, size = 4 * p.y.moments_step;
+    memset(o->moments + p.chunks * size, 0, (size_t)(left * size) * sizeof(float)); /* chunks of nothing */
+  }
+  for (int64_t k = 0; k < g->groups; k++) {
+    p.x.data = x + k * p.x.channels;
+    p.x.scale = o->scale ? o->scale + k * p.x.channels : NULL;
+    p.x.shift = o->scale ? o->shift + k * p.x.channels : NULL;
+    p.w = w + k * g->out * 9 * g->in;
+    p.y.data = y + k * p.out;
+    p.y.bias = o->conv.bias ? o->conv.bias + k * p.out : NULL;
+    p.y.residual = o->residual ? o->residual + k * p.out : NULL;
+    p.y.moments = o->moments ? o->moments + k * p.out : NULL;
+    run_group(&p, threads, scratch);
+  }
+}

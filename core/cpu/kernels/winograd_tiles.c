@@ -1,0 +1,315 @@
+/* winograd_tiles.c: maps cut into tiles, and the transforms of tiles: maps to elements, elements to maps. */
+#include "cpu/kernels/winograd.h"
+
+/* ---- cutting ---- */
+
+/* As few elements as possible. */
+static winograd_axis cut_axis(int64_t size) {
+  winograd_axis best = {0, 0};
+  int64_t least = INT64_MAX;
+  for (int64_t threes = 0; threes < 4; threes++) {
+    int64_t left = size - 3 * threes, fours = left > 0 ? (left + 3) / 4 : 0, elements = 6 * fours + 5 * threes;
+    if (elements < least) {
+      least = elements;
+      best = (winograd_axis){fours, threes};
+    }
+  }
+  return best;
+}
+
+winograd_tiling KERNEL(winograd_tiling_of)(int64_t batch, const int64_t size[2]) {
+  winograd_tiling t = {.size = {size[0], size[1]}, .axis = {cut_axis(size[0]), cut_axis(size[1])}, .count = batch};
+  for (int d = 0; d < 2; d++)
+    t.count *= t.axis[d].fours + t.axis[d].threes;
+  return t;
+}
+
+/* Where tile k of an axis begins; how many outputs it has in the map. */
+static int64_t place(const winograd_axis *a, int64_t k, int64_t size, uint8_t *is_short, uint8_t *outputs) {
+  int64_t start = k < a->fours ? 4 * k : a->fours + 3 * k, left = size - start, most = k < a->fours ? 4 : 3;
+  *is_short = k >= a->fours;
+  *outputs = (uint8_t)(left < most ? left : most);
+  return start;
+}
+
+void KERNEL(winograd_cut)(const winograd_tiling *tiling, int64_t first, int64_t count, winograd_block *block) {
+  static const int group_of[2][2] = {{1, 0}, {2, 3}}; /* [short_y][short_x] */
+  int64_t across = tiling->axis[1].fours + tiling->axis[1].threes,
+          down = tiling->axis[0].fours + tiling->axis[0].threes;
+  int64_t image = first / (down * across), y = first / across % down, x = first % across;
+  int counts[4] = {0};
+  block->count = (int)count;
+  for (int64_t k = 0; k < count; k++) {
+    winograd_tile *t = &block->tiles[k];
+    t->image = image;
+    t->y = place(&tiling->axis[0], y, tiling->size[0], &t->short_y, &t->rows);
+    t->x = place(&tiling->axis[1], x, tiling->size[1], &t->short_x, &t->columns);
+    t->row = counts[group_of[t->short_y][t->short_x]]++;
+    if (++x == across) {
+      x = 0;
+      if (++y == down) {
+        y = 0;
+        image++;
+      }
+    }
+  }
+  block->start[0] = 0;
+  for (int g = 0; g < 4; g++)
+    block->start[g + 1] = block->start[g] + counts[g];
+  for (int64_t k = 0; k < count; k++)
+    block->tiles[k].row += block->start[group_of[block->tiles[k].short_y][block->tiles[k].short_x]];
+}
+
+/* Calls form(short_y, short_x, ...) with constants. */
+#define OF_KIND(tile, form, ...)                                                                                       \
+  switch (2 * (tile)->short_y + (tile)->short_x) {                                                                     \
+  case 0:                                                                                                              \
+    form(false, false, __VA_ARGS__);                                                                                   \
+    break;                                                                                                             \
+  case 1:                                                                                                              \
+    form(false, true, __VA_ARGS__);                                                                                    \
+    break;                                                                                                             \
+  case 2:                                                                                                              \
+    form(true, false, __VA_ARGS__);                                                                                    \
+    break;                                                                                                             \
+  default:                                                                                                             \
+    form(true, true, __VA_ARGS__);                                                                                     \
+  }
+
+static inline int64_t lanes_left(int64_t channels, int64_t c) {
+  return channels - c < LANES ? channels - c : LANES;
+}
+
+/* NaN stays, and -0: as `value < 0 ? 0 : value`. */
+static ALWAYS_INLINE float_lanes relu_of(float_lanes value) {
+  return (float_lanes)((int_lanes)value & ~(int_lanes)(value < (float_lanes){0}));
+}
+
+/* ---- maps to elements ---- */
+
+/* Offsets of a tile's inputs in the map, -1 outside; whether all are inside. */
+static ALWAYS_INLINE bool offsets_of(const winograd_map *x, const winograd_tile *t, const int rows, const int columns,
+                                     int64_t *offset) {
+  int64_t top = t->y - x->padding[0], left = t->x - x->padding[1], bottom = top + rows, right = left + columns;
+  for (int r = 0; r < rows; r++)
+    for (int s = 0; s < columns; s++) {
+      bool inside = top + r >= 0 && top + r < x->size[0] && left + s >= 0 && left + s < x->size[1];
+      int64_t pixel = (t->image * x->size[0] + top + r) * x->size[1] + left + s;
+      offset[r * SIDE + s] = inside ? pixel * x->step : -1;
+    }
+  return top >= 0 && left >= 0 && bottom <= x->size[0] && right <= x->size[1];
+}
+
+static ALWAYS_INLINE float_lanes changed(float_lanes value, float_lanes scale, float_lanes shift, bool relu) {
+  value = scale * value + shift;
+  return relu ? relu_of(value) : value;
+}
+
+static ALWAYS_INLINE void
+store_elements(const bool short_y, const bool short_x, const float_lanes *columns_done, float *v, int64_t matrix_step,
+               void (*along)(const bool, const float_lanes *, const int, float_lanes *, const int), const int step) {
+#pragma GCC unroll 6
+  for (int p = 0; p < SIDE; p++) {
+    float_lanes o[SIDE];
+    if (short_y && p == 4)
+      continue;
+    along(short_x, columns_done + p * step, 1, o, 1);
+#pragma GCC unroll 6
+    for (int q = 0; q < SIDE; q++)
+      if (!(short_x && q == 4))
+        store_lanes(v, (p * SIDE + q) * matrix_step, o[q], false);
+  }
+}
+
+static ALWAYS_INLINE void take_tile(const bool short_y, const bool short_x, const winograd_map *x,
+                                    const winograd_tile *t, float *v, int64_t matrix_step, const bool changes) {
+  const int rows = SIDE - short_y, columns = SIDE - short_x;
+  int64_t offset[ELEMENTS];
+  bool inside = offsets_of(x, t, rows, columns, offset);
+  for (int64_t c = 0; c < x->channels; c += LANES) {
+    float_lanes d[ELEMENTS], done[ELEMENTS], scale = {0}, shift = {0};
+    int64_t count = lanes_left(x->channels, c);
+    if (changes) {
+      scale = load_first_lanes(x->scale + c, count);
+      shift = load_first_lanes(x->shift + c, count);
+    }
+    if (inside && count == LANES) {
+      const float *first = x->data + offset[0] + c;
+      int64_t line = x->size[1] * x->step;
+#pragma GCC unroll 6
+      for (int r = 0; r < rows; r++)
+#pragma GCC unroll 6
+        for (int s = 0; s < columns; s++) {
+          float_lanes value = load_lanes(first, r * line + s * x->step, false);
+          d[r * SIDE + s] = changes ? changed(value, scale, shift, x->relu) : value;
+        }
+    } else {
+#pragma GCC unroll 6
+      for (int r = 0; r < rows; r++)
+#pragma GCC unroll 6
+        for (int s = 0; s < columns; s++) {
+          int64_t at = offset[r * SIDE + s];
+          float_lanes value = {0};
+          if (at >= 0) {
+            value = count == LANES ? load_lanes(x->data, at + c, false) : load_first_lanes(x->data + at + c, count);
+            if (changes)
+              value = changed(value, scale, shift, x->relu);
+          }
+          d[r * SIDE + s] = value;
+        }
+    }
+#pragma GCC unroll 6
+    for (int s = 0; s < columns; s++)
+      winograd_in(short_y, d + s, SIDE, done + s, SIDE);
+    store_elements(short_y, short_x, done, v + c, matrix_step, winograd_in, SIDE);
+  }
+}
+
+#define TAKE(name, changes)                                                                                            \
+  static __attribute__((noinline)) void name(const winograd_map *x, const winograd_tile *t, float *v,                  \
+                                             int64_t matrix_step) {                                                    \
+    OF_KIND(t, take_tile, x, t, v, matrix_step, changes)                                                               \
+  }
+TAKE(take_plain, false)
+TAKE(take_changed, true)
+
+void KERNEL(winograd_take)(const winograd_map *x, const winograd_block *block, int first, int last, float *v,
+                           int64_t row_step, int64_t matrix_step) {
+  __typeof__(take_plain) *form = x->scale ? take_changed : take_plain;
+  for (int k = first; k < last; k++)
+    form(x, &block->tiles[k], v + block->tiles[k].row * row_step, matrix_step);
+}
+
+/* ---- gradients of outputs to elements ---- */
+
+static ALWAYS_INLINE void take_gradient_tile(const bool short_y, const bool short_x, const winograd_map *dy,
+                                             const winograd_tile *t, float *z, int64_t rows, int64_t matrix_step) {
+  const int height = 4 - short_y, width = 4 - short_x;
+  bool whole = t->rows == height && t->columns == width;
+  const float *first = dy->data + ((t->image * dy->size[0] + t->y) * dy->size[1] + t->x) * dy->step;
+  int64_t line = dy->size[1] * dy->step;
+  for (int64_t c = 0; c < dy->channels; c += LANES) {
+    float_lanes d[16], done[SIDE * 4];
+    int64_t count = lanes_left(dy->channels, c);
+#pragma GCC unroll 4
+    for (int r = 0; r < height; r++)
+#pragma GCC unroll 4
+      for (int s = 0; s < width; s++) {
+        const float *from = first + r * line + s * dy->step + c;
+        d[r * 4 + s] = !whole && (r >= t->rows || s >= t->columns) ? (float_lanes){0}
+                       : count == LANES                            ? load_lanes(from, 0, false)
+                                                                   : load_first_lanes(from, count);
+      }
+#pragma GCC unroll 4
+    for (int s = 0; s < width; s++)
+      winograd_out_turned(short_y, d + s, 4, done + s, 4);
+    store_elements(short_y, short_x, done, z + (c / PANEL * rows) * PANEL + c % PANEL, matrix_step, winograd_out_turned,
+                   4);
+  }
+}
+
+void KERNEL(winograd_take_gradient)(const winograd_map *dy, const winograd_block *block, int first, int last, float *z,
+                                    int64_t rows, int64_t matrix_step) {
+  for (int k = first; k < last; k++) {
+    const winograd_tile *t = &block->tiles[k];
+    float *to = z + (int64_t)t->row * PANEL;
+    OF_KIND(t, take_gradient_tile, dy, t, to, rows, matrix_step)
+  }
+}
+
+/* ---- elements to maps ---- */
+
+/* Adds a tile's outputs to the chunk's moments; the first tile chooses the pivots. */
+static ALWAYS_INLINE void measure(const winograd_result *y, const bool begins, const int rows, const int columns,
+                                  const winograd_tile *t, const float_lanes *o, int64_t c, int64_t count) {
+  float *pivots = y->moments + y->moments_step + c, *sums = pivots + y->moments_step, *squares = sums + y->moments_step;
+  float_lanes pivot, sum = {0}, square = {0};
+  if (begins) {
+    pivot = (float_lanes){0};
+    for (int r = 0; r < t->rows; r++)
+      for (int s = 0; s < t->columns; s++)
+        pivot += o[r * 4 + s];
+    pivot *= 1 / (float)(t->rows * t->columns);
+    store_first_lanes(pivots, pivot, count);
+  } else {
+    pivot = load_first_lanes(pivots, count);
+    sum = load_first_lanes(sums, count);
+    square = load_first_lanes(squares, count);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+    for (int s = 0; s < columns; s++)
+      if (r < t->rows && s < t->columns) {
+        float_lanes difference = o[r * 4 + s] - pivot;
+        sum += difference;
+        square += difference * difference;
+      }
+  store_first_lanes(sums, sum, count);
+  store_first_lanes(squares, square, count);
+}
+
+static ALWAYS_INLINE void give_tile(const bool short_y, const bool short_x, const winograd_result *y,
+                                    const winograd_tile *t, bool begins, int64_t first, int64_t channels,
+                                    const float *m, int64_t matrix_step, const bool plain) {
+  const int rows = 4 - short_y, columns = 4 - short_x;
+  int64_t line = y->size[1] * y->step, offset = ((t->image * y->size[0] + t->y) * y->size[1] + t->x) * y->step + first;
+  bool whole = t->rows == rows && t->columns == columns;
+  for (int64_t c = 0; c < channels; c += LANES) {
+    float_lanes e[ELEMENTS], done[4 * SIDE], o[16];
+    int64_t count = lanes_left(channels, c);
+#pragma GCC unroll 6
+    for (int p = 0; p < SIDE; p++)
+#pragma GCC unroll 6
+      for (int q = 0; q < SIDE; q++)
+        if (!(short_y && p == 4) && !(short_x && q == 4))
+          e[p * SIDE + q] = load_lanes(m, (p * SIDE + q) * matrix_step + c, false);
+#pragma GCC unroll 6
+    for (int q = 0; q < SIDE; q++)
+      if (!(short_x && q == 4))
+        winograd_out(short_y, e + q, SIDE, done + q, SIDE);
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++)
+      winograd_out(short_x, done + r * SIDE, 1, o + r * 4, 1);
+    float_lanes bias = !plain && y->bias ? load_first_lanes(y->bias + first + c, count) : (float_lanes){0};
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+      for (int s = 0; s < columns; s++)
+        if (whole || (r < t->rows && s < t->columns)) {
+          int64_t at = offset + r * line + s * y->step + c;
+          float_lanes value = o[r * 4 + s];
+          if (!plain) {
+            value += bias;
+            if (y->residual)
+              value += load_first_lanes(y->residual + at, count);
+            if (y->relu)
+              value = relu_of(value);
+            o[r * 4 + s] = value;
+          }
+          if (y->streams)
+            stream_lanes(y->data + at, value);
+          else if (count == LANES)
+            store_lanes(y->data, at, value, false);
+          else
+            store_first_lanes(y->data + at, value, count);
+        }
+    if (y->moments)
+      measure(y, begins, rows, columns, t, o, first + c, count);
+  }
+}
+
+#define GIVE(name, plain)                                                                                              \
+  static __attribute__((noinline)) void name(const winograd_result *y, const winograd_tile *t, bool begins,            \
+                                             int64_t first, int64_t channels, const float *m, int64_t matrix_step) {   \
+    OF_KIND(t, give_tile, y, t, begins, first, channels, m, matrix_step, plain)                                        \
+  }
+GIVE(give_plain, true)
+GIVE(give_changed, false)
+
+void KERNEL(winograd_give)(const winograd_result *y, const winograd_block *block, int64_t first, int64_t count,
+                           const float *m, int64_t row_step, int64_t matrix_step) {
+  __typeof__(give_plain) *form = y->bias || y->residual || y->relu ? give_changed : give_plain;
+  for (int k = 0; k < block->count; k++)
+    form(y, &block->tiles[k], y->begins && k == 0, first, count, m + block->tiles[k].row * row_step, matrix_step);
+}

@@ -1,0 +1,160 @@
+/* winograd_weight.c: Winograd's gradient of the kernel: x and dy are transformed by tiles, and each of the 36 elements'
+ * gradients (in x out) is a product over tiles.
+ *
+ * Where these 36 matrices are small, each thread adds up the tiles of its share into its own, a block of tiles at a
+ * time, which stays in the second cache. Where they are large, all tiles are transformed first, and threads take
+ * rectangles of the matrices, all 36 elements of one after the other, so that the matrices as a whole are nowhere in
+ * memory. */
+#include <omp.h>
+
+#include "cpu/kernels/product.h"
+#include "cpu/kernels/winograd.h"
+
+enum {
+  SMALL_SUMS = 1 << 23, /* bytes of the 36 matrices that a thread may have to itself */
+  ALL_SUMS = 1 << 25,   /* and of those of all threads */
+  MOST_MAPS = 1 << 26,  /* bytes of all tiles */
+  BLOCK = 56,           /* tiles that are transformed at a time */
+  RECTANGLE_IN = 64,    /* channels of a rectangle */
+  RECTANGLE_OUT = 8 * PANEL,
+};
+
+typedef struct {
+  winograd_map x, dy;
+  winograd_tiling tiling;
+  float *dw;
+  int64_t in, out, panels, tiles, blocks;
+  int64_t v_row, v_matrix, z_matrix, sum_row, sum_matrix; /* steps in floats */
+  int64_t v_size, z_size, sum_size, block_bytes;
+  int64_t rows, columns; /* of a rectangle, columns in panels */
+  bool by_tiles;
+  int threads;
+} weight_plan;
+
+static int64_t whole_lines(int64_t floats) {
+  return divide_up(floats, 16) * 16;
+}
+
+static weight_plan make_plan(const conv_geometry *g, int threads) {
+  weight_plan p = {.in = g->in, .out = g->out};
+  p.x = (winograd_map){.size = {g->size[0], g->size[1]}, .channels = g->in, .step = g->groups * g->in};
+  p.dy = (winograd_map){.size = {g->result[0], g->result[1]}, .channels = g->out, .step = g->groups * g->out};
+  for (int d = 0; d < 2; d++)
+    p.x.padding[d] = g->padding[d];
+  p.tiling = KERNEL(winograd_tiling_of)(g->batch, g->result);
+  p.panels = divide_up(g->out, PANEL);
+  int64_t sums = ELEMENTS * p.panels * PANEL * p.in * (int64_t)sizeof(float);
+  int64_t maps = ELEMENTS * p.tiling.count * (p.in + p.out) * (int64_t)sizeof(float);
+  p.by_tiles = (sums <= SMALL_SUMS && sums * threads <= ALL_SUMS) || maps > MOST_MAPS;
+  p.rows = p.by_tiles ? p.in : smaller(p.in, RECTANGLE_IN);
+  p.columns = p.by_tiles ? p.panels : smaller(p.panels, RECTANGLE_OUT / PANEL);
+
+  p.threads = p.by_tiles ? (int)smaller(threads, p.tiling.count) : threads;
+  p.tiles =
+      p.by_tiles ? divide_up(p.tiling.count, p.threads * divide_up(p.tiling.count, BLOCK * p.threads)) : p.tiling.count;
+  p.blocks = divide_up(p.tiling.count, p.tiles);
+  p.threads = p.by_tiles ? (int)smaller(p.threads, p.blocks) : threads;
+  p.v_row = divide_up(p.in, LANES) * LANES + GAP;
+  p.v_matrix = p.tiles * p.v_row + GAP;
+  p.z_matrix = p.tiles * p.panels * PANEL + GAP;
+  p.sum_row = p.columns * PANEL; /* [panel][row][column]: a panel is sum_row / columns wide */
+  p.sum_matrix = p.rows * p.columns * PANEL + GAP;
+  p.v_size = whole_lines(ELEMENTS * p.v_matrix);
+  p.z_size = whole_lines(ELEMENTS * p.z_matrix);
+  p.sum_size = whole_lines(ELEMENTS * p.sum_matrix);
+  p.block_bytes = (int64_t)winograd_block_bytes(p.tiles);
+  return p;
+}
+
+size_t KERNEL(winograd_weight_scratch)(const conv_geometry *g, int threads) {
+  weight_plan p = make_plan(g, threads);
+  int64_t maps = p.by_tiles ? p.threads : 1;
+  return (size_t)(maps * (p.v_size + p.z_size) + p.threads * p.sum_size) * sizeof(float) +
+         (size_t)(maps * p.block_bytes);
+}
+
+/* sums[e][panel][row][column] (+)= a block's products, for input channels `row` on and panels `panel` on. */
+static void multiply_block(const weight_plan *p, const winograd_block *block, int64_t row, int64_t rows, int64_t panel,
+                           int64_t panels, const float *v, const float *z, float *sums, bool add) {
+  for (int e = 0; e < ELEMENTS; e++) {
+    int low, high;
+    winograd_rows(block, e, &low, &high);
+    for (int64_t k = 0; k < panels; k++) {
+      int width = p->out - (panel + k) * PANEL > LANES ? PANEL : LANES;
+      KERNEL(winograd_product)
+      (true, (int)rows, high - low, v + e * p->v_matrix + low * p->v_row + row, p->v_row,
+       z + e * p->z_matrix + ((panel + k) * p->tiles + low) * PANEL, PANEL, width,
+       sums + e * p->sum_matrix + k * p->rows * PANEL, PANEL, add);
+    }
+  }
+}
+
+/* Input channels row ... row+rows-1 and output channels of one panel, from the sums of `parts` threads. */
+static void finish_panel(const weight_plan *p, int64_t row, int64_t rows, int64_t panel, const float *sums, int parts) {
+  KERNEL(winograd_give_kernel)
+  (sums, PANEL, p->sum_matrix, parts, p->sum_size, rows, smaller(PANEL, p->out - panel * PANEL),
+   p->dw + panel * PANEL * 9 * p->in + row, p->in);
+}
+
+static void run_by_tiles(const weight_plan *p, float *scratch) {
+  int threads = p->threads;
+  float *vs = scratch, *zs = vs + threads * p->v_size, *all_sums = zs + threads * p->z_size;
+  char *blocks = (char *)(all_sums + threads * p->sum_size);
+#pragma omp parallel num_threads(threads)
+  {
+    int me = omp_get_thread_num(), all = omp_get_num_threads();
+    winograd_block *block = (winograd_block *)(blocks + me * p->block_bytes);
+    float *v = vs + me * p->v_size, *z = zs + me * p->z_size, *sums = all_sums + me * p->sum_size;
+    int64_t begin = p->blocks * me / all, end = p->blocks * (me + 1) / all;
+    for (int64_t k = begin; k < end; k++) {
+      int64_t first = k * p->tiles;
+      KERNEL(winograd_cut)(&p->tiling, first, smaller(p->tiles, p->tiling.count - first), block);
+      KERNEL(winograd_take)(&p->x, block, 0, block->count, v, p->v_row, p->v_matrix);
+      KERNEL(winograd_take_gradient)(&p->dy, block, 0, block->count, z, p->tiles, p->z_matrix);
+      multiply_block(p, block, 0, p->in, 0, p->panels, v, z, sums, k > begin);
+    }
+#pragma omp barrier
+#pragma omp for schedule(static) collapse(2)
+    for (int64_t panel = 0; panel < p->panels; panel++)
+      for (int64_t row = 0; row < p->in; row += LANES)
+        finish_panel(p, row, smaller(LANES, p->in - row), panel, all_sums + (panel * p->rows + row) * PANEL, all);
+  }
+}
+
+static void run_by_channels(const weight_plan *p, float *scratch) {
+  int threads = p->threads;
+  float *v = scratch, *z = v + p->v_size, *all_sums = z + p->z_size;
+  winograd_block *block = (winograd_block *)(all_sums + threads * p->sum_size);
+  KERNEL(winograd_cut)(&p->tiling, 0, p->tiling.count, block);
+#pragma omp parallel num_threads(threads)
+  {
+    int me = omp_get_thread_num(), all = omp_get_num_threads();
+    float *sums = all_sums + me * p->sum_size;
+    int first = (int)((int64_t)block->count * me / all), last = (int)((int64_t)block->count * (me + 1) / all);
+    KERNEL(winograd_take)(&p->x, block, first, last, v, p->v_row, p->v_matrix);
+    KERNEL(winograd_take_gradient)(&p->dy, block, first, last, z, p->tiles, p->z_matrix);
+#pragma omp barrier
+#pragma omp for schedule(static) collapse(2)
+    for (int64_t panel = 0; panel < p->panels; panel += p->columns)
+      for (int64_t row = 0; row < p->in; row += p->rows) {
+        int64_t rows = smaller(p->rows, p->in - row), panels = smaller(p->columns, p->panels - panel);
+        multiply_block(p, block, row, rows, panel, panels, v, z, sums, false);
+        for (int64_t k = 0; k < panels; k++)
+          finish_panel(p, row, rows, panel + k, sums + k * p->rows * PANEL, 1);
+      }
+  }
+}
+
+void KERNEL(winograd_weight)(const winograd_operands *o, int threads, void *scratch) {
+  const conv_geometry *g = o->conv.g;
+  weight_plan p = make_plan(g, threads);
+  p.x.relu = o->relu_x;
+  for (int64_t k = 0; k < g->groups; k++) {
+    p.x.data = o->conv.x + k * g->in;
+    p.x.scale = o->scale ? o->scale + k * g->in : NULL;
+    p.x.shift = o->scale ? o->shift + k * g->in : NULL;
+    p.dy.data = o->conv.y + k * g->out;
+    p.dw = o->conv.w + k * g->out * 9 * g->in;
+    (p.by_tiles ? run_by_tiles : run_by_channels)(&p, scratch);
+  }
+}
