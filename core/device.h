@@ -8,6 +8,7 @@
 #define OREPA_CORE_DEVICE_H
 
 #include "orepa.h"
+#include "timings.h"
 
 #define DEVICE_TABLE_VERSION 1
 
@@ -236,8 +237,22 @@ device_context *device_context_of(const orepa_device *device);
 /* Turns a status into 0, or -1 with a message: "conv2d: the device 'cpu' does not support float64". */
 int device_check(device_status status, const orepa_device *device, const char *op, orepa_dtype dtype);
 
+/* Before and after a call of an entry. */
+static inline void dispatch_begin(void) {
+  if (timings_wanted())
+    timings_begin();
+}
+static inline device_status dispatch_end(device_status status, const char *op, const char *entry) {
+  if (timings_wanted())
+    timings_end(op, entry);
+  return status;
+}
+
 /* int result = DISPATCH("relu", dtype, device, elementwise, f, 0, &dst, ...): an entry called, absent ones included. */
 #define DISPATCH(op, dtype, dev, entry, ...)                                                                           \
-  device_check((dev)->entry ? (dev)->entry(device_context_of(dev), __VA_ARGS__) : DEVICE_UNSUPPORTED, dev, op, dtype)
+  (dispatch_begin(),                                                                                                   \
+   device_check(dispatch_end((dev)->entry ? (dev)->entry(device_context_of(dev), __VA_ARGS__) : DEVICE_UNSUPPORTED,    \
+                             op, #entry),                                                                              \
+                dev, op, dtype))
 
 #endif

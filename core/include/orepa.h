@@ -90,6 +90,25 @@ OREPA_API void orepa_empty_cache(const orepa_device *device);
 /* Seconds on a monotonic clock. */
 OREPA_API double orepa_clock(void);
 
+/* Floating-point operations a second, a multiply-add counted as two, that the processor reaches in float32 on all of
+ * orepa_threads with the instruction set in use: independent multiply-adds on registers, no memory. The best of what is
+ * seen in 1 to 1000 milliseconds; -1 and a message for any other number. */
+OREPA_API double orepa_fma_rate(int milliseconds);
+
+/* Where time goes: the calls of one entry of the device table for one op, and for convolutions one geometry (else "").
+ */
+typedef struct {
+  const char *op, *entry; /* "conv2d's weight gradient", "conv_backward_weight" */
+  char detail[72];        /* "3x3 stride 2, 64 -> 128, 56x56": kernel, channels, size of the input */
+  int64_t calls;
+  double seconds;
+} orepa_timing;
+
+/* Starts or stops taking the time of every call, on all threads; what was taken before is forgotten. */
+OREPA_API void orepa_set_timings(bool on);
+/* Rows 0, 1, ... of what was taken since; false behind the last. */
+OREPA_API bool orepa_timing_at(int index, orepa_timing *row);
+
 /* ---- random numbers ---------------------------------------------------------------------------------------------- */
 
 /* Philox 4x32-10 (Salmon et al., 2011): element k of draw n is a function of (seed, n, k) alone. */

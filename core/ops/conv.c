@@ -1,4 +1,6 @@
 /* conv.c: two-dimensional convolution in its three directions. */
+#include <stdio.h>
+
 #include "ops/ops.h"
 
 /* ---- shape ---- */
@@ -58,6 +60,29 @@ void orepa_set_conv_accuracy(const orepa_device *device, bool high) {
   device_context_of(device)->accurate = high;
 }
 
+/* ---- for whoever takes the time ---- */
+
+/* " stride 2" or " stride 2x1"; nothing for 1. */
+static void pair_text(char text[40], const char *name, const int64_t pair[2]) {
+  text[0] = '\0';
+  if (pair[0] != pair[1])
+    snprintf(text, 40, " %s %lldx%lld", name, (long long)pair[0], (long long)pair[1]);
+  else if (pair[0] != 1)
+    snprintf(text, 40, " %s %lld", name, (long long)pair[0]);
+}
+
+static void note_geometry(const orepa_conv *c, const device_array *x, const device_array *w) {
+  char stride[40], dilation[40], groups[40];
+  if (!timings_wanted())
+    return;
+  pair_text(stride, "stride", c->stride);
+  pair_text(dilation, "dilation", c->dilation);
+  pair_text(groups, "groups", (int64_t[2]){c->groups, c->groups});
+  timings_detail("%lldx%lld%s%s%s, %lld -> %lld, %lldx%lld", (long long)w->shape[2], (long long)w->shape[3], stride,
+                 dilation, groups, (long long)x->shape[1], (long long)w->shape[0], (long long)x->shape[2],
+                 (long long)x->shape[3]);
+}
+
 /* ---- backward ---- */
 
 static int conv_backward(autograd_node *node, orepa_tensor *given, orepa_tensor **dx) {
@@ -69,7 +94,8 @@ static int conv_backward(autograd_node *node, orepa_tensor *given, orepa_tensor 
   int failed = !dense || tensor_reads(saved_x, &x) || tensor_reads(saved_w, &w) || tensor_reads(dense, &dy);
   if (!failed && autograd_needs(node, 0)) {
     failed = !(dx[0] = tensor_like(saved_x)) || tensor_writes(dx[0], &to) ||
-             DISPATCH("conv2d's data gradient", x.dtype, device, conv_backward_data, conv, &to, &dy, &w);
+             (note_geometry(conv, &x, &w),
+              DISPATCH("conv2d's data gradient", x.dtype, device, conv_backward_data, conv, &to, &dy, &w));
   }
   if (!failed && autograd_needs(node, 2)) {
     failed = !(dx[2] = tensor_new(dense->dtype, device, 1, &w.shape[0])) || tensor_writes(dx[2], &to_bias);
@@ -77,8 +103,8 @@ static int conv_backward(autograd_node *node, orepa_tensor *given, orepa_tensor 
   if (!failed && (autograd_needs(node, 1) || dx[2])) {
     orepa_tensor *dw = tensor_like(saved_w);
     failed = !dw || tensor_writes(dw, &to) ||
-             DISPATCH("conv2d's weight gradient", x.dtype, device, conv_backward_weight, conv, &to,
-                      dx[2] ? &to_bias : NULL, &x, &dy, NULL);
+             (note_geometry(conv, &x, &w), DISPATCH("conv2d's weight gradient", x.dtype, device, conv_backward_weight,
+                                                    conv, &to, dx[2] ? &to_bias : NULL, &x, &dy, NULL));
     if (!failed && autograd_needs(node, 1))
       dx[1] = dw;
     else
@@ -120,7 +146,7 @@ static orepa_tensor *conv_forward(orepa_tensor *x, orepa_tensor *w, orepa_tensor
   orepa_tensor *moments = measures ? new_moments(y) : NULL;
   int failed = (measures && (!moments || tensor_writes(moments, &partial))) || tensor_materialize(y) ||
                tensor_reads(x, &from) || tensor_reads(w, &kernel) || (bias && tensor_reads(bias, &added)) ||
-               tensor_writes(y, &to) ||
+               tensor_writes(y, &to) || (note_geometry(conv, &from, &kernel), false) ||
                DISPATCH("conv2d", x->dtype, x->storage->device, conv_forward, conv, &to, &from, &kernel,
                         bias ? &added : NULL, NULL, measures ? &partial : NULL);
   if (!failed && measures)

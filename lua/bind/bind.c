@@ -103,13 +103,18 @@ void bind_push(lua_State *L, orepa_tensor *t) {
 static double left;
 
 static void collect(lua_State *L) {
+  double start = orepa_clock();
   lua_gc(L, LUA_GCCOLLECT);
+  double seconds = orepa_clock() - start;
   double live = (double)orepa_memory_live();
   left = live > 0.99 * left ? live : 0.99 * left;
   lua_getfield(L, LUA_REGISTRYINDEX, "orepa.collections");
   lua_pushinteger(L, lua_tointeger(L, -1) + 1);
   lua_setfield(L, LUA_REGISTRYINDEX, "orepa.collections");
-  lua_pop(L, 1);
+  lua_getfield(L, LUA_REGISTRYINDEX, "orepa.collection_seconds");
+  lua_pushnumber(L, lua_tonumber(L, -1) + seconds);
+  lua_setfield(L, LUA_REGISTRYINDEX, "orepa.collection_seconds");
+  lua_pop(L, 2);
 }
 
 void bind_collect(lua_State *L) {

@@ -1,4 +1,4 @@
-/* system.c: seeds, memory, threads, the clock. */
+/* system.c: seeds, memory, threads, the clock, and where time goes. */
 #include <string.h>
 #include <unistd.h>
 
@@ -57,7 +57,10 @@ static int l_memory(lua_State *L) {
   lua_getfield(L, LUA_REGISTRYINDEX, "orepa.collections");
   lua_pushinteger(L, lua_tointeger(L, -1));
   lua_setfield(L, -3, "collections");
-  lua_pop(L, 1);
+  lua_getfield(L, LUA_REGISTRYINDEX, "orepa.collection_seconds");
+  lua_pushnumber(L, lua_tonumber(L, -1));
+  lua_setfield(L, -4, "collection_seconds");
+  lua_pop(L, 2);
   return 1;
 }
 
@@ -105,6 +108,44 @@ static int l_clock(lua_State *L) {
   return 1;
 }
 
+static int l_fma_rate(lua_State *L) {
+  int64_t milliseconds = bind_integer(L, 1, "fma_rate");
+  if (milliseconds != (int)milliseconds)
+    return bind_error(L, "fma_rate: %I milliseconds", (lua_Integer)milliseconds);
+  double rate = orepa_fma_rate((int)milliseconds);
+  if (rate < 0)
+    return bind_fail(L);
+  lua_pushnumber(L, rate);
+  return 1;
+}
+
+static void push_timing(lua_State *L, const orepa_timing *row) {
+  lua_createtable(L, 0, 5);
+  lua_pushstring(L, row->op);
+  lua_setfield(L, -2, "op");
+  lua_pushstring(L, row->entry);
+  lua_setfield(L, -2, "entry");
+  lua_pushstring(L, row->detail);
+  lua_setfield(L, -2, "detail");
+  lua_pushinteger(L, (lua_Integer)row->calls);
+  lua_setfield(L, -2, "calls");
+  lua_pushnumber(L, row->seconds);
+  lua_setfield(L, -2, "seconds");
+}
+
+static int l_timings(lua_State *L) {
+  if (!lua_isboolean(L, 1))
+    return bind_error(L, "timings: true or false expected, got %s", luaL_typename(L, 1));
+  orepa_timing row;
+  lua_newtable(L);
+  for (int k = 0; orepa_timing_at(k, &row); k++) {
+    push_timing(L, &row);
+    lua_rawseti(L, -2, k + 1);
+  }
+  orepa_set_timings(lua_toboolean(L, 1));
+  return 1;
+}
+
 static int l_build_info(lua_State *L) {
   lua_pushstring(L, orepa_build_info());
   return 1;
@@ -128,8 +169,10 @@ static const bind_row rows[] = {
     {"set_rng_state", l_set_rng_state,
      "set_rng_state(state)\nGoes back to a state that rng_state gave.\n> orepa.set_rng_state(orepa.rng_state())"},
     {"memory", l_memory,
-     "memory(device) -> {live=, cached=, peak=, limit=, system=, collections=}\nBytes in use, kept for reuse, the most "
-     "ever in use, and the most allowed; how often the system was asked, and how often Lua's collector was run.\n"
+     "memory(device) -> {live=, cached=, peak=, limit=, system=, collections=, collection_seconds=}\nBytes in use, "
+     "kept "
+     "for reuse, the most ever in use, and the most allowed; how often the system was asked; how often Lua's collector "
+     "was run for the sake of tensors, and how long that took.\n"
      "> orepa.memory().live"},
     {"reset_peak", l_reset_peak,
      "reset_peak(device)\nLets memory().peak start again from what is live.\n> orepa.reset_peak()"},
@@ -147,6 +190,15 @@ static const bind_row rows[] = {
      "whose "
      "float32 error may be 5e-6 of the largest magnitude, or the most accurate.\n> orepa.set_conv_accuracy(\"high\")"},
     {"clock", l_clock, "clock() -> seconds\nA monotonic clock.\n> orepa.clock()"},
+    {"fma_rate", l_fma_rate,
+     "fma_rate(milliseconds) -> operations a second\nWhat the processor reaches in float32 on all threads() with the "
+     "instruction set in use, a multiply-add counted as two operations: the best of what is seen in 1 to 1000 "
+     "milliseconds of multiply-adds on registers.\n> orepa.fma_rate(1)"},
+    {"timings", l_timings,
+     "timings(on) -> {{op=, entry=, detail=, calls=, seconds=}, ...}\nStarts or stops taking the time of every call of "
+     "the device, and gives what was taken since it was started last: by op, by entry of the device's table and, for "
+     "convolutions, by kernel, channels and size of the input.\n"
+     "> orepa.timings(true); orepa.ones(2):sum(); return orepa.timings(false)"},
     {"build_info", l_build_info,
      "build_info() -> string\nLibraries with their versions, and the processor's features.\n"
      "> orepa.build_info()"},
