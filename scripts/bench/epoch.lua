@@ -20,8 +20,8 @@ local function ours(reparam)
   return function()
     local folder = os.tmpname()
     os.remove(folder)
-    measure.output_of(measure.command { measure.program(), measure.folder() .. "/../train.lua", "--model", "resnet18", "--reparam",
-      reparam, "--width", args.width, "--epochs", 1, "--threads", args.threads, "--no-test", "--out", folder })
+    measure.output_of(measure.command { measure.program(), measure.folder() .. "/../train.lua", "--model", "resnet18",
+      "--reparam", reparam, "--width", args.width, "--epochs", 1, "--threads", args.threads, "--no-test", "--out", folder })
     local file <close> = assert(io.open(folder .. "/metrics.json"))
     local seconds = cjson.decode(file:read "a").epochs[1].seconds
     measure.output_of(measure.command { "rm", "-r", folder })

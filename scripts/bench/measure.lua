@@ -65,15 +65,20 @@ function measure.list(text)
   return #list > 0 and list or nil, "an empty list"
 end
 
--- A list whose words are numbers.
-function measure.numbers(text)
-  local list, message = measure.list(text)
-  for k, word in ipairs(list or {}) do
-    list[k] = tonumber(word)
-    if not list[k] then return nil, ("malformed number '%s'"):format(word) end
+-- For argparse: a list whose words `convert` takes.
+local function list_of(convert, kind)
+  return function(text)
+    local list, message = measure.list(text)
+    for k, word in ipairs(list or {}) do
+      list[k] = convert(word)
+      if not list[k] then return nil, ("'%s' is not %s"):format(word, kind) end
+    end
+    return list, message
   end
-  return list, message
 end
+
+measure.numbers = list_of(tonumber, "a number")
+measure.integers = list_of(math.tointeger, "an integer")
 
 -- For argparse: an integer that is not too small.
 function measure.at_least(least)

@@ -59,7 +59,7 @@ local function common_words(reparam)
     args.width, "--classes", args.classes, "--threads", args.threads, "--mode", args.mode }
 end
 
-local function peer_words(reparam, variant)
+local function peer_words(variant)
   local peers = measure.folder() .. "/peers/"
   if variant == "ours" then return { measure.program(), arg[0], "--serve", "--precision", args.precision } end
   if not args.python then parser:error(("the peer '%s' needs --python"):format(variant)) end
@@ -71,7 +71,7 @@ local function peer(name)
   local reparam, variant = name:match "^(.-):(.*)$"
   if not reparam then reparam, variant = args.reparam, name end
   if variant == "onnxruntime" and args.isa then parser:error "onnxruntime can't be limited to an instruction set" end
-  local words = peer_words(reparam, variant)
+  local words = peer_words(variant)
   table.move(common_words(reparam), 1, #common_words(reparam), #words + 1, words)
   local process = measure.start(name, measure.command(words, limits[args.isa]))
   return { name = name, ready = process.ready, process = process, ask = function(warm_up, steps)
@@ -171,7 +171,7 @@ end
 
 local own = ours()
 if args.serve then
-  measure.serve({ peer = "ours", version = orepa.version, threads = orepa.threads() }, own.ask)
+  measure.serve({ peer = "ours", version = orepa.version, threads = orepa.threads(), operations = own.work.operations }, own.ask)
   return
 end
 local contestants = { own }

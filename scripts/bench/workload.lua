@@ -13,9 +13,9 @@ workload.precisions = {
 }
 workload.modes = { "train", "eval", "deploy" }
 
-local function sorted_names(t)
+function workload.precision_names()
   local names = {}
-  for name in pairs(t) do names[#names + 1] = name end
+  for name in pairs(workload.precisions) do names[#names + 1] = name end
   table.sort(names)
   return names
 end
@@ -32,7 +32,7 @@ function workload.add_options(parser, defaults)
   parser:option("--width", "width multiplier", 1.0):convert(tonumber)
   parser:option("--classes", "classes of the network", 1000):convert(measure.at_least(1))
   parser:option("--threads", "threads of the kernels", orepa.threads()):convert(measure.at_least(1))
-  parser:option("--precision", "what convolutions compute in", "fp32"):choices(sorted_names(workload.precisions))
+  parser:option("--precision", "what convolutions compute in", "fp32"):choices(workload.precision_names())
   parser:option("--rounds", "how often everything is run", default("rounds", 5)):convert(measure.at_least(1))
   parser:flag("--json", "one JSON object a line instead of text")
 end
@@ -81,6 +81,26 @@ function workload.layers(net, batch_size, size, channels)
     end, pass)
   end)
   return layers
+end
+
+-- A number or {height, width} as in " stride 2", nothing for 1.
+local function pair_text(name, value)
+  if type(value) == "table" and value[1] == value[2] then value = value[1] end
+  if type(value) == "table" then return (" %s %dx%d"):format(name, value[1], value[2]) end
+  return value and value ~= 1 and (" %s %d"):format(name, value) or ""
+end
+
+-- The kind of a convolution's kernel, "3x3 stride 2", and the whole geometry, "3x3 stride 2, 64 -> 128, 56x56", spelled as
+-- orepa.timings spells it.
+function workload.kernel_text(layer)
+  local g = layer.geometry
+  return ("%dx%d%s%s%s"):format(layer.kernel[3], layer.kernel[4], pair_text("stride", g.stride),
+    pair_text("dilation", g.dilation), pair_text("groups", g.groups))
+end
+
+function workload.geometry_text(layer)
+  return ("%s, %d -> %d, %dx%d"):format(workload.kernel_text(layer), layer.input[2], layer.kernel[1], layer.input[3],
+    layer.input[4])
 end
 
 -- Operations of a step: two for each multiply-add, once forward, and in training three times, less the gradient of the images.
