@@ -24,6 +24,7 @@ parser:option("--error-macs", "million multiply-adds that an error may take; 0: 
 parser:flag("--serve", "answer lines of a convolution's number and runs, or 0 for errors")
 local args = parser:parse()
 
+local compute = workload.precisions[args.precision]
 local directions = { { "forward", "conv_forward" }, { "data", "conv_backward_data" }, { "weight", "conv_backward_weight" } }
 
 -- The network's distinct convolutions in order, with how often each occurs.
@@ -56,7 +57,7 @@ end
 local function run_once(x, w, geometry, dy)
   local input, kernel = with_gradient(x), with_gradient(w)
   orepa.timings(true)
-  local y <close> = F.conv2d(input, kernel, geometry)
+  local y <close> = compute(F.conv2d, input, kernel, geometry)
   local forward = orepa.timings(false)
   evict()
   orepa.timings(true)
@@ -93,9 +94,9 @@ local function small_input(layer)
   return { 1, layer.input[2], height, width }
 end
 
-local function results(x, w, geometry, dy)
+local function results(x, w, convolve, dy)
   local input, kernel = with_gradient(x), with_gradient(w)
-  local y = F.conv2d(input, kernel, geometry)
+  local y = convolve(input, kernel)
   dy = dy or orepa.randn(y.shape)
   y:backward(dy)
   return { forward = y:detach(), data = input.grad, weight = kernel.grad }, dy
@@ -108,8 +109,8 @@ end
 local function errors_of(layer)
   layer.macs_share = layer.output[3] * layer.output[4] / (layer.input[3] * layer.input[4])
   local x, w = orepa.randn(small_input(layer)), orepa.randn(layer.kernel)
-  local got, dy = results(x, w, layer.geometry)
-  local wanted = results(to_ref(x), to_ref(w), layer.geometry, to_ref(dy))
+  local got, dy = results(x, w, function(i, k) return compute(F.conv2d, i, k, layer.geometry) end)
+  local wanted = results(to_ref(x), to_ref(w), function(i, k) return F.conv2d(i, k, layer.geometry) end, to_ref(dy))
   local errors = {}
   for _, d in ipairs(directions) do
     local exact = wanted[d[1]]

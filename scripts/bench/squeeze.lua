@@ -18,6 +18,7 @@ local parser = argparse("squeeze.lua", "Times the squeezing of a network's block
 workload.add_options(parser)
 parser:option("--steps", "runs of each block in a round", 5):convert(measure.at_least(1))
 local args = parser:parse()
+local compute = workload.precisions[args.precision] -- of convolutions: squeezing is float32 in any case
 
 -- ---- blocks ----
 
@@ -91,7 +92,7 @@ end
 local function convolve_once(b, x, w, dy)
   local input, kernel = x:detach(), w:detach():requires_grad_()
   if not b.is_first then input:requires_grad_() end
-  local forward, y = timed(function() return F.conv2d(input, kernel, b.block.geometry) end)
+  local forward, y = timed(function() return compute(F.conv2d, input, kernel, b.block.geometry) end)
   local backward = timed(function() y:backward(dy) end)
   y:release()
   return { forward = forward, backward = backward }

@@ -74,11 +74,7 @@ local function peer(name)
   local words = peer_words(variant)
   table.move(common_words(reparam), 1, #common_words(reparam), #words + 1, words)
   local process = measure.start(name, measure.command(words, limits[args.isa]))
-  return { name = name, ready = process.ready, process = process, ask = function(warm_up, steps)
-    local answer = process:ask(warm_up, steps)
-    os.execute("sleep " .. PAUSE)
-    return answer
-  end }
+  return { name = name, ready = process.ready, process = process, ask = function(...) return process:ask(...) end }
 end
 
 -- ---- rounds ----
@@ -87,12 +83,17 @@ local function add_to(list, values)
   table.move(values, 1, #values, #list + 1, list)
 end
 
+local function pause(contestants)
+  if #contestants > 1 then os.execute("sleep " .. PAUSE) end
+end
+
 -- One turn of each; whoever is first in one round is last in the next.
 local function run_round(contestants, round)
   local count = #contestants
   for k = 1, count do
     local c = contestants[(k + round - 2) % count + 1]
     local answer = c.ask(args.warm_up, args.steps)
+    pause(contestants)
     c.medians[round], c.peak_memory = measure.median(answer.seconds), c.peak_memory or answer.peak_memory
     c.peak_tensors = c.peak_tensors or answer.peak_tensors
     add_to(c.seconds, answer.seconds)
@@ -111,7 +112,7 @@ local function run(contestants)
     run_round(contestants, round)
     rates.fma[round] = orepa.fma_rate(100)
     rates.matmul[round] = measure.matmul_rate(MATMUL_SIZE)
-    if #contestants > 1 then os.execute("sleep " .. PAUSE) end
+    pause(contestants)
   end
   return { fma = measure.median(rates.fma), matmul = measure.median(rates.matmul) }
 end

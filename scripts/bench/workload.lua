@@ -7,7 +7,7 @@ local F, optim = orepa.F, orepa.optim
 
 local workload = {}
 
--- Each calls a function so that it computes in that precision.
+-- Each calls a function of a forward pass so that it computes in that precision.
 workload.precisions = {
   fp32 = function(f, ...) return f(...) end,
 }

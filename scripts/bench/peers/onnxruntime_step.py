@@ -60,6 +60,8 @@ def main():
     args = parser.parse_args()
     if args.mode == "train":
         parser.error("onnxruntime only runs networks: --mode eval or deploy")
+    if args.mode == "eval" and args.reparam != "none":
+        parser.error("a network with OREPA blocks is exported deployed: --mode deploy, or --reparam none")
     with tempfile.TemporaryDirectory() as folder:
         step = inference(args, exported(args, os.path.join(folder, "model.onnx")))
     about = {"peer": "onnxruntime", "version": onnxruntime.__version__, "threads": args.threads, "reparam": args.reparam}
