@@ -28,25 +28,18 @@ function measure.scaled(summary, factor)
     count = summary.count }
 end
 
--- Calls f(...) until `seconds` have passed, at least `least` times after one that warms up; gives the time of each.
-function measure.times(f, seconds, least)
-  f()
-  local list, start = {}, orepa.clock()
-  repeat
-    local before = orepa.clock()
-    f()
-    list[#list + 1] = orepa.clock() - before
-  until #list >= (least or 3) and orepa.clock() - start >= seconds
-  return list
-end
-
 -- Operations a second of a product of square matrices on all threads, as the engine computes it (by oneDNN).
 function measure.matmul_rate(size)
   local _ <close> = orepa.no_grad()
   local a <close> = orepa.rand(size, size)
   local b <close> = orepa.rand(size, size)
-  local times = measure.times(function() a:matmul(b):release() end, 0, 2)
-  return 2 * size ^ 3 / math.min(table.unpack(times))
+  local best = math.huge
+  for _ = 1, 3 do -- the first warms up
+    local start = orepa.clock()
+    a:matmul(b):release()
+    best = math.min(best, orepa.clock() - start)
+  end
+  return 2 * size ^ 3 / best
 end
 
 -- ---- options ----
@@ -62,7 +55,8 @@ function measure.list(text)
       list[#list + 1] = word
     end
   end
-  return #list > 0 and list or nil, "an empty list"
+  if #list == 0 then return nil, "an empty list" end
+  return list
 end
 
 -- For argparse: a list whose words `convert` takes.
@@ -185,7 +179,17 @@ function measure.machine()
     libraries = libraries, orepa = orepa.version, threads = orepa.threads(), date = os.date "!%Y-%m-%d" }
 end
 
--- The most memory that this process ever held, in bytes.
+-- Forgets what setting up took: the most memory counts from what is held now. Where the system refuses the last part, the peak of
+-- the process stays that since its start.
+function measure.reset_peak_memory()
+  collectgarbage()
+  orepa.empty_cache()
+  orepa.reset_peak()
+  local file <close> = io.open("/proc/self/clear_refs", "w")
+  if file then file:write "5" end
+end
+
+-- The most memory that this process held since, in bytes.
 function measure.peak_memory()
   return 1024 * (math.tointeger(first_match("/proc/self/status", "VmHWM:%s*(%d+)")) or 0)
 end

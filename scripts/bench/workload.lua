@@ -158,6 +158,7 @@ function workload.create(o)
     if mode == "deploy" then net:deploy() end
     self.parts = eval_parts(net:eval(), compute, x)
   end
+  measure.reset_peak_memory()
   return self
 end
 
