@@ -123,7 +123,6 @@ end
 
 local function serve()
   local layers = distinct()
-  orepa.set_threads(args.threads)
   orepa.manual_seed(1)
   measure.serve({ convolutions = #layers }, function(k, runs)
     return runs > 0 and time_layer(layers[k], runs) or errors_of(layers[k])
@@ -194,6 +193,7 @@ local function show(rows)
   end
 end
 
+orepa.set_threads(args.threads)
 if args.serve then return serve() end
 local layers, ways = distinct(), {}
 for k, name in ipairs(args.ways) do

@@ -14,7 +14,6 @@ local measure = require "measure"
 local workload = require "workload"
 local orepa = require "orepa"
 
-local MATMUL_SIZE = 2048
 local PAUSE = 0.3 -- seconds between turns: threads of the last one may still be waiting for work at full speed
 
 local parser = argparse("step.lua", "Times steps of a network.")
@@ -22,6 +21,7 @@ workload.add_options(parser)
 parser:option("--mode", "train, eval, or deploy", "train"):choices(workload.modes)
 parser:option("--steps", "steps timed in a round", 10):convert(measure.at_least(1))
 parser:option("--warm-up", "steps before them", 3):convert(measure.at_least(0))
+parser:option("--matmul-size", "size of the matrix product to compare with", 2048):convert(measure.at_least(1))
 parser:option("--python", "interpreter with PyTorch, for the peers")
 parser:option("--peers", "who takes turns with ours, a list"):convert(measure.list)
 parser:option("--isa", "limit ours and the peers to an instruction set: avx2"):choices { "avx2" }
@@ -111,7 +111,7 @@ local function run(contestants)
   for round = 1, args.rounds do
     run_round(contestants, round)
     rates.fma[round] = orepa.fma_rate(100)
-    rates.matmul[round] = measure.matmul_rate(MATMUL_SIZE)
+    rates.matmul[round] = measure.matmul_rate(args.matmul_size)
     pause(contestants)
   end
   return { fma = measure.median(rates.fma), matmul = measure.median(rates.matmul) }

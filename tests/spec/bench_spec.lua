@@ -19,9 +19,10 @@ end)
 
 local tiny = { "--width", "0.1", "--size", "32", "--classes", "10", "--rounds", "1", "--steps", "1", "--threads", "1" }
 
-local function run(script, options, without)
+local function run(script, options, sizes)
   local arguments = { bench .. script }
-  table.move(without or tiny, 1, #(without or tiny), 2, arguments)
+  table.move(sizes or tiny, 1, #(sizes or tiny), 2, arguments)
+  if script == "step.lua" then table.move({ "--matmul-size", "256" }, 1, 2, #arguments + 1, arguments) end
   table.move(options, 1, #options, #arguments + 1, arguments)
   return process.run(arguments, folder)
 end
