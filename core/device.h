@@ -43,7 +43,8 @@ typedef struct device_context {
   int64_t offence, offence_position;
 } device_context;
 
-/* What runs on a convolution's input before it: act(scale[c]*x + shift[c]). Padding is zeros of the result. */
+/* What runs on the input of a convolution or a pool before it: act(scale[c]*x + shift[c]). Padding is zeros of the
+ * result. */
 typedef struct {
   device_array scale, shift; /* float32 (I) */
   bool relu;
@@ -74,6 +75,20 @@ typedef struct {
   orepa_pool pool;
   bool adaptive;
 } device_windows;
+
+/* The gradient that arrives at a norm's result, perhaps not computed yet; all maps dense and of one type. It is, where
+ * there are windows, what max_pool_backward makes of dy and indices; else dy + added, rounded to the map's type; else
+ * dy. Then, if a ReLU followed, it is zero where the ReLU's result is not above zero: `result`, or scale*x + shift of
+ * the norm's input x (one fused multiply-add, rounded to the map's type). What does not apply is NULL. The gradient is
+ * stored in `kept` if there is one. */
+typedef struct {
+  const device_array *dy, *added;
+  const device_windows *windows;
+  const device_array *indices;
+  const device_array *result;
+  const device_array *scale, *shift; /* (C) */
+  const device_array *kept;
+} device_gradient;
 
 /* One term of a squeezed kernel's fast form: a kernel W (O, I/G, K, K) is the sum of its terms, each multiplied by
  * scale[o]. */
@@ -167,21 +182,27 @@ struct orepa_device {
                                  const device_array *weight, const device_array *bias, const device_array *running_mean,
                                  const device_array *running_var, const device_array *mean, const device_array *inverse,
                                  const device_array *scale, const device_array *shift);
-  /* z = act(scale*y + shift + r): one fused multiply-add, then + r, then max. r may be NULL; dense like y. */
+  /* z = act(scale*y + shift + r): one fused multiply-add, then + r, then max, each rounded to the map's type as if it
+   * were stored. r may be NULL; dense like y. With r_scale and r_shift, r_scale*r + r_shift is added, a fused
+   * multiply-add as well. */
   device_status (*norm_apply)(device_context *, const device_array *z, const device_array *y, const device_array *scale,
-                              const device_array *shift, const device_array *r, bool relu);
-  /* With xh = (x - mean) * inverse: dweight = sum dy*xh, dbias = sum dy; dx = weight*inverse * (dy - dbias/R -
-   * xh*dweight/R) for the batch's statistics, weight*inverse * dy for running ones. dx may be NULL; weight NULL is 1.
+                              const device_array *shift, const device_array *r, const device_array *r_scale,
+                              const device_array *r_shift, bool relu);
+  /* dy is the gradient's. With xh = (x - mean) * inverse: dweight = sum dy*xh, dbias = sum dy; dx = weight*inverse *
+   * (dy - dbias/R - xh*dweight/R) for the batch's statistics, weight*inverse * dy for running ones. dx may be NULL;
+   * weight NULL is 1.
    */
   device_status (*norm_backward)(device_context *, bool batch_statistics, const device_array *dx,
-                                 const device_array *dweight, const device_array *dbias, const device_array *dy,
+                                 const device_array *dweight, const device_array *dbias, const device_gradient *dy,
                                  const device_array *x, const device_array *mean, const device_array *inverse,
                                  const device_array *weight);
 
   /* ---- pooling: maps dense in channels-last order. indices: int32, y's shape, h*W + w of the element taken; NULL: not
-   * wanted. NaN wins. Backward writes dx whole. */
+   * wanted. NaN wins. The prologue may be NULL; else its result, rounded to the map's type, is what is pooled. Backward
+   * writes dx whole. */
   device_status (*max_pool_forward)(device_context *, const device_windows *, const device_array *y,
-                                    const device_array *indices, const device_array *x);
+                                    const device_array *indices, const device_array *x,
+                                    const device_prologue *prologue);
   device_status (*max_pool_backward)(device_context *, const device_windows *, const device_array *dx,
                                      const device_array *dy, const device_array *indices);
   device_status (*avg_pool_forward)(device_context *, const device_windows *, const device_array *y,

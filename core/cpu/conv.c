@@ -305,7 +305,8 @@ static device_status run_prologue(device_context *context, conv_work *c, const d
   device_context lent = scratch_lend(context, c->scratch.memory + c->lent, c->lent_bytes);
   device_array normal = *x;
   normal.data = c->x = c->scratch.memory + c->normal;
-  return context->device->norm_apply(&lent, &normal, x, &prologue->scale, &prologue->shift, NULL, prologue->relu);
+  return context->device->norm_apply(&lent, &normal, x, &prologue->scale, &prologue->shift, NULL, NULL, NULL,
+                                     prologue->relu);
 }
 
 /* ---- entries ---- */

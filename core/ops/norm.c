@@ -120,9 +120,9 @@ static int norm_backward(autograd_node *node, orepa_tensor *given, orepa_tensor 
   for (int k = 0; k < 3 && !failed; k++)
     if (autograd_needs(node, k))
       failed = !(dx[k] = tensor_like(k ? mean : x)) || tensor_writes(dx[k], &to[k]);
-  failed = failed ||
-           DISPATCH("batch_norm's gradient", x->dtype, device, norm_backward, *batch_statistics, dx[0] ? &to[0] : NULL,
-                    dx[1] ? &to[1] : NULL, dx[2] ? &to[2] : NULL, &dy, &from, &m, &s, weight ? &w : NULL);
+  failed = failed || DISPATCH("batch_norm's gradient", x->dtype, device, norm_backward, *batch_statistics,
+                              dx[0] ? &to[0] : NULL, dx[1] ? &to[1] : NULL, dx[2] ? &to[2] : NULL,
+                              &(device_gradient){.dy = &dy}, &from, &m, &s, weight ? &w : NULL);
   orepa_release(dense);
   return failed ? -1 : 0;
 }
@@ -138,7 +138,8 @@ static orepa_tensor *apply(orepa_tensor *x, const norm_channels *c) {
     return NULL;
   if (tensor_writes(y, &to) || tensor_reads(x, &from) || tensor_reads(c->scale, &scale) ||
       tensor_reads(c->shift, &shift) ||
-      DISPATCH("batch_norm", x->dtype, x->storage->device, norm_apply, &to, &from, &scale, &shift, NULL, false))
+      DISPATCH("batch_norm", x->dtype, x->storage->device, norm_apply, &to, &from, &scale, &shift, NULL, NULL, NULL,
+               false))
     return tensor_fail(y);
   return y;
 }

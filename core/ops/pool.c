@@ -78,7 +78,7 @@ static orepa_tensor *max_pool(orepa_tensor *given, const device_windows *windows
   int failed =
       !y || (recorded && (!indices || tensor_writes(indices, &where))) || tensor_reads(x, &from) ||
       tensor_writes(y, &to) ||
-      DISPATCH("max_pool2d", x->dtype, device, max_pool_forward, windows, &to, recorded ? &where : NULL, &from) ||
+      DISPATCH("max_pool2d", x->dtype, device, max_pool_forward, windows, &to, recorded ? &where : NULL, &from, NULL) ||
       autograd_record(&max_pool_op, y, &given, 1, 1, sizeof(pool_payload), &node);
   if (node) {
     pool_payload *p = node->payload;

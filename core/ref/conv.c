@@ -24,12 +24,7 @@ static bool inside(const device_array *x, int64_t h, int64_t w) {
 /* An element of the input as the convolution sees it. */
 static double input_value(const device_array *x, const device_prologue *prologue, int64_t n, int64_t c, int64_t h,
                           int64_t w) {
-  double value = ref_get(x, ref_at4(x, n, c, h, w));
-  if (!prologue)
-    return value;
-  double scale = ref_get(&prologue->scale, c * prologue->scale.strides[0]);
-  double shift = ref_get(&prologue->shift, c * prologue->shift.strides[0]);
-  return ref_rounded(x->dtype, ref_affine(x->dtype, scale, value, shift, NULL, prologue->relu));
+  return ref_after_prologue(x, ref_at4(x, n, c, h, w), c, prologue);
 }
 
 /* The first input channel of output channel o's group. */

@@ -106,32 +106,83 @@ device_status ref_norm_finalize(device_context *context, const orepa_norm *norm,
 
 /* ---- forward ---- */
 
-double ref_affine(orepa_dtype map, double scale, double x, double shift, const double *r, bool relu) {
-  if (map == OREPA_FLOAT64) {
-    double z = fma(scale, x, shift);
-    z = r ? z + *r : z;
-    return relu && z < 0 ? 0 : z;
-  }
-  float z = fmaf((float)scale, (float)x, (float)shift);
-  z = r ? z + (float)*r : z;
+double ref_affine(orepa_dtype map, double scale, double x, double shift) {
+  double z = map == OREPA_FLOAT64 ? fma(scale, x, shift) : fmaf((float)scale, (float)x, (float)shift);
+  return ref_rounded(map, z);
+}
+
+double ref_activated(double z, bool relu) {
   return relu && z < 0 ? 0 : z;
 }
 
+double ref_after_prologue(const device_array *x, int64_t at, int64_t channel, const device_prologue *prologue) {
+  double value = ref_get(x, at);
+  if (!prologue)
+    return value;
+  double scale = channel_value(&prologue->scale, channel, 1), shift = channel_value(&prologue->shift, channel, 0);
+  return ref_activated(ref_affine(x->dtype, scale, value, shift), prologue->relu);
+}
+
+/* Element (row, c) of a map; rows in logical order of the axes but the second. */
+static int64_t map_at(const device_array *map, int64_t row, int64_t c) {
+  device_array rows = ref_without(map, 1);
+  return ref_at(&rows, row) + c * map->strides[1];
+}
+
+static int64_t count_rows(const device_array *map) {
+  device_array rows = ref_without(map, 1);
+  return ref_count(&rows);
+}
+
 device_status ref_norm_apply(device_context *context, const device_array *z, const device_array *y,
-                             const device_array *scale, const device_array *shift, const device_array *r, bool relu) {
+                             const device_array *scale, const device_array *shift, const device_array *r,
+                             const device_array *r_scale, const device_array *r_shift, bool relu) {
   REF_ENTRY;
   (void)context;
   if (!orepa_dtype_is_float(z->dtype))
     return DEVICE_UNSUPPORTED;
-  device_array rows = ref_without(z, 1), rows_y = ref_without(y, 1), rows_r = ref_without(r ? r : y, 1);
-  for (int64_t row = 0; row < ref_count(&rows); row++)
+  for (int64_t row = 0; row < count_rows(z); row++)
     for (int64_t c = 0; c < z->shape[1]; c++) {
-      double added = r ? ref_get(r, ref_at(&rows_r, row) + c * r->strides[1]) : 0;
-      ref_set(z, ref_at(&rows, row) + c * z->strides[1],
-              ref_affine(z->dtype, channel_value(scale, c, 1), ref_get(y, ref_at(&rows_y, row) + c * y->strides[1]),
-                         channel_value(shift, c, 0), r ? &added : NULL, relu));
+      double value = ref_get(y, map_at(y, row, c)), added = r ? ref_get(r, map_at(r, row, c)) : 0;
+      value = ref_affine(z->dtype, channel_value(scale, c, 1), value, channel_value(shift, c, 0));
+      if (r && r_scale)
+        added = ref_affine(z->dtype, channel_value(r_scale, c, 1), added, channel_value(r_shift, c, 0));
+      if (r)
+        value = ref_rounded(z->dtype, value + added);
+      ref_set(z, map_at(z, row, c), ref_activated(value, relu));
     }
   return DEVICE_DONE;
+}
+
+/* ---- the gradient that arrives ---- */
+
+/* Of element (row, c) of a map x, behind a max pool: the gradients of those windows that took it. */
+static double unpooled(const device_gradient *g, const device_array *x, int64_t row, int64_t c) {
+  int64_t position = row % (x->shape[2] * x->shape[3]), n = row / (x->shape[2] * x->shape[3]);
+  double sum = 0;
+  for (int64_t p = 0; p < g->dy->shape[2]; p++)
+    for (int64_t q = 0; q < g->dy->shape[3]; q++)
+      if (ref_get_integer(g->indices, ref_at4(g->indices, n, c, p, q)) == position)
+        sum += ref_get(g->dy, ref_at4(g->dy, n, c, p, q));
+  return ref_rounded(x->dtype, sum);
+}
+
+static double gradient_value(const device_gradient *g, const device_array *x, int64_t row, int64_t c) {
+  double dy = g->windows ? unpooled(g, x, row, c) : ref_get(g->dy, map_at(g->dy, row, c)), z = 1;
+  if (!g->windows && g->added)
+    dy = ref_rounded(x->dtype, dy + ref_get(g->added, map_at(g->added, row, c)));
+  if (g->result)
+    z = ref_get(g->result, map_at(g->result, row, c));
+  else if (g->scale)
+    z = ref_affine(x->dtype, channel_value(g->scale, c, 1), ref_get(x, map_at(x, row, c)),
+                   channel_value(g->shift, c, 0));
+  return z > 0 ? dy : 0;
+}
+
+static void keep_gradient(const device_gradient *g, const device_array *x) {
+  for (int64_t row = 0; row < count_rows(x); row++)
+    for (int64_t c = 0; c < x->shape[1]; c++)
+      ref_set(g->kept, map_at(g->kept, row, c), gradient_value(g, x, row, c));
 }
 
 /* ---- backward ---- */
@@ -141,39 +192,41 @@ typedef struct {
   double dy, dy_xh;           /* the sums of dy and of dy * xh */
 } channel_sums;
 
-static channel_sums sum_channel(const device_array *dy, const device_array *x, int64_t c, double mean, double inverse,
-                                double weight) {
+static channel_sums sum_channel(const device_gradient *dy, const device_array *x, int64_t c, double mean,
+                                double inverse, double weight) {
   channel_sums s = {.mean = mean, .inverse = inverse, .gain = weight * inverse};
-  device_array rows = ref_without(x, 1), rows_dy = ref_without(dy, 1);
-  for (int64_t r = 0; r < ref_count(&rows); r++) {
-    double g = ref_get(dy, ref_at(&rows_dy, r) + c * dy->strides[1]);
+  for (int64_t row = 0; row < count_rows(x); row++) {
+    double g = gradient_value(dy, x, row, c);
     s.dy += g;
-    s.dy_xh += g * (ref_get(x, ref_at(&rows, r) + c * x->strides[1]) - mean) * inverse;
+    s.dy_xh += g * (ref_get(x, map_at(x, row, c)) - mean) * inverse;
   }
   return s;
 }
 
-static void input_channel(bool batch_statistics, const device_array *dx, const device_array *dy, const device_array *x,
-                          int64_t c, const channel_sums *s) {
-  device_array rows = ref_without(x, 1), rows_dy = ref_without(dy, 1), rows_dx = ref_without(dx, 1);
-  double count = (double)ref_count(&rows);
-  for (int64_t r = 0; r < ref_count(&rows); r++) {
-    double g = ref_get(dy, ref_at(&rows_dy, r) + c * dy->strides[1]);
-    double xh = (ref_get(x, ref_at(&rows, r) + c * x->strides[1]) - s->mean) * s->inverse;
+static void input_channel(bool batch_statistics, const device_array *dx, const device_gradient *dy,
+                          const device_array *x, int64_t c, const channel_sums *s) {
+  double count = (double)count_rows(x);
+  for (int64_t row = 0; row < count_rows(x); row++) {
+    double g = gradient_value(dy, x, row, c), xh = (ref_get(x, map_at(x, row, c)) - s->mean) * s->inverse;
     if (batch_statistics)
       g -= s->dy / count + xh * s->dy_xh / count;
-    ref_set(dx, ref_at(&rows_dx, r) + c * dx->strides[1], s->gain * g);
+    ref_set(dx, map_at(dx, row, c), s->gain * g);
   }
 }
 
 device_status ref_norm_backward(device_context *context, bool batch_statistics, const device_array *dx,
-                                const device_array *dweight, const device_array *dbias, const device_array *dy,
+                                const device_array *dweight, const device_array *dbias, const device_gradient *dy,
                                 const device_array *x, const device_array *mean, const device_array *inverse,
                                 const device_array *weight) {
   REF_ENTRY;
   (void)context;
+  device_gradient kept = {.dy = dy->kept};
   if (!orepa_dtype_is_float(x->dtype))
     return DEVICE_UNSUPPORTED;
+  if (dy->kept) {
+    keep_gradient(dy, x);
+    dy = &kept;
+  }
   for (int64_t c = 0; c < x->shape[1]; c++) {
     channel_sums s =
         sum_channel(dy, x, c, channel_value(mean, c, 0), channel_value(inverse, c, 1), channel_value(weight, c, 1));

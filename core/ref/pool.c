@@ -39,13 +39,14 @@ static window window_of(const device_windows *windows, const device_array *y, co
 /* ---- maximum ---- */
 
 /* NaN beats all, the first of equals stays; -1: there is no element. */
-static int64_t largest_in(const window *in, const device_array *x, int64_t n, int64_t c, double *largest) {
+static int64_t largest_in(const window *in, const device_array *x, const device_prologue *prologue, int64_t n,
+                          int64_t c, double *largest) {
   int64_t index = -1;
   *largest = -INFINITY;
   for (int64_t i = 0; i < in->h.count; i++)
     for (int64_t j = 0; j < in->w.count; j++) {
       int64_t h = in->h.first + i * in->h.step, w = in->w.first + j * in->w.step;
-      double value = ref_get(x, ref_at4(x, n, c, h, w));
+      double value = ref_after_prologue(x, ref_at4(x, n, c, h, w), c, prologue);
       if (index < 0 || value > *largest || (isnan(value) && !isnan(*largest))) {
         *largest = value;
         index = h * x->shape[3] + w;
@@ -55,7 +56,8 @@ static int64_t largest_in(const window *in, const device_array *x, int64_t n, in
 }
 
 device_status ref_max_pool_forward(device_context *context, const device_windows *windows, const device_array *y,
-                                   const device_array *indices, const device_array *x) {
+                                   const device_array *indices, const device_array *x,
+                                   const device_prologue *prologue) {
   REF_ENTRY;
   (void)context;
   if (!orepa_dtype_is_float(x->dtype))
@@ -66,7 +68,7 @@ device_status ref_max_pool_forward(device_context *context, const device_windows
         for (int64_t q = 0; q < y->shape[3]; q++) {
           double largest;
           window in = window_of(windows, y, x, p, q);
-          int64_t index = largest_in(&in, x, n, c, &largest);
+          int64_t index = largest_in(&in, x, prologue, n, c, &largest);
           ref_set(y, ref_at4(y, n, c, p, q), largest);
           if (indices)
             ref_set_integer(indices, ref_at4(indices, n, c, p, q), index);

@@ -31,11 +31,14 @@ int ref_open(void);
 void ref_close(int *opened);
 #define REF_ENTRY __attribute__((cleanup(ref_close), unused)) int ref_opened = ref_open()
 
-/* ---- norm.c: what a convolution needs of it */
+/* ---- norm.c: what convolutions and pools need of it */
 void ref_moments_of(const device_array *moments, const device_array *x);
-/* act(scale*x + shift + r) in the arithmetic that devices share to the bit: float, or double for a float64 map; not yet
- * rounded to the map's type. r may be NULL. */
-double ref_affine(orepa_dtype map, double scale, double x, double shift, const double *r, bool relu);
+/* scale*x + shift in the arithmetic that devices share to the bit: one fused multiply-add in float, or double for a
+ * float64 map, rounded to the map's type. */
+double ref_affine(orepa_dtype map, double scale, double x, double shift);
+double ref_activated(double z, bool relu);
+/* An element of a map as a prologue leaves it; the prologue may be NULL. */
+double ref_after_prologue(const device_array *x, int64_t at, int64_t channel, const device_prologue *prologue);
 
 /* ---- where an element is, in elements from `data` */
 

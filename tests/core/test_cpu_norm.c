@@ -106,14 +106,16 @@ static norm_result run(const orepa_device *device, const norm_source *s, int thr
                                          out[SHIFT]),
                    DEVICE_DONE);
   for (int k = Z; k <= Z_ADDED; k++)
-    assert_int_equal(
-        device->norm_apply(&context, out[k], &s->x.a, &s->scale.a, &s->shift.a, k == Z_ADDED ? &s->r.a : NULL, k != Z),
-        DEVICE_DONE);
-  assert_int_equal(device->norm_backward(&context, true, out[DX], out[DWEIGHT], out[DBIAS], &s->dy.a, &s->x.a,
-                                         &s->mean.a, &s->inverse.a, &s->weight.a),
+    assert_int_equal(device->norm_apply(&context, out[k], &s->x.a, &s->scale.a, &s->shift.a,
+                                        k == Z_ADDED ? &s->r.a : NULL, NULL, NULL, k != Z),
+                     DEVICE_DONE);
+  assert_int_equal(device->norm_backward(&context, true, out[DX], out[DWEIGHT], out[DBIAS],
+                                         &(device_gradient){.dy = &s->dy.a}, &s->x.a, &s->mean.a, &s->inverse.a,
+                                         &s->weight.a),
                    DEVICE_DONE);
-  assert_int_equal(device->norm_backward(&context, false, out[DX_RUNNING], NULL, NULL, &s->dy.a, &s->x.a, &s->mean.a,
-                                         &s->inverse.a, &s->weight.a),
+  assert_int_equal(device->norm_backward(&context, false, out[DX_RUNNING], NULL, NULL,
+                                         &(device_gradient){.dy = &s->dy.a}, &s->x.a, &s->mean.a, &s->inverse.a,
+                                         &s->weight.a),
                    DEVICE_DONE);
   test_context_free(&context);
   return result;
@@ -240,10 +242,12 @@ static void rounded_once(void **unused) {
   }
   device_context ref = test_context(ref_device());
   for (int relu = 0; relu < 2; relu++) {
-    assert_int_equal(ref.device->norm_apply(&ref, &wanted.a, &y.a, &scale.a, &shift.a, NULL, relu), DEVICE_DONE);
+    assert_int_equal(ref.device->norm_apply(&ref, &wanted.a, &y.a, &scale.a, &shift.a, NULL, NULL, NULL, relu),
+                     DEVICE_DONE);
     for_each_isa(device) {
       device_context cpu = test_context(device);
-      assert_int_equal(device->norm_apply(&cpu, &found.a, &y.a, &scale.a, &shift.a, NULL, relu), DEVICE_DONE);
+      assert_int_equal(device->norm_apply(&cpu, &found.a, &y.a, &scale.a, &shift.a, NULL, NULL, NULL, relu),
+                       DEVICE_DONE);
       assert_true(test_same(&found.a, &wanted.a));
       test_context_free(&cpu);
     }
@@ -267,8 +271,8 @@ static void parts_that_may_be_absent(void **unused) {
       out[k] = &again.a[k].a;
     for (int given = 0; given < 8; given++) {
       assert_int_equal(device->norm_backward(&cpu, true, given & 1 ? out[DX] : NULL, given & 2 ? out[DWEIGHT] : NULL,
-                                             given & 4 ? out[DBIAS] : NULL, &s.dy.a, &s.x.a, &s.mean.a, &s.inverse.a,
-                                             &s.weight.a),
+                                             given & 4 ? out[DBIAS] : NULL, &(device_gradient){.dy = &s.dy.a}, &s.x.a,
+                                             &s.mean.a, &s.inverse.a, &s.weight.a),
                        DEVICE_DONE);
       assert_true(!(given & 1) || test_same(out[DX], &found.a[DX].a));
       assert_true(!(given & 2) || test_same(out[DWEIGHT], &found.a[DWEIGHT].a));
@@ -280,12 +284,12 @@ static void parts_that_may_be_absent(void **unused) {
     assert_true(test_same(out[SCALE], out[INVERSE]));
     assert_true(test_error(out[MEAN], &wanted.a[MEAN].a) < 1e-6);
     for (int batch = 0; batch < 2; batch++) {
-      assert_int_equal(
-          device->norm_backward(&cpu, batch, out[DX], NULL, NULL, &s.dy.a, &s.x.a, &s.mean.a, &s.inverse.a, NULL),
-          DEVICE_DONE);
-      assert_int_equal(
-          ref.device->norm_backward(&ref, batch, out[Z], NULL, NULL, &s.dy.a, &s.x.a, &s.mean.a, &s.inverse.a, NULL),
-          DEVICE_DONE);
+      assert_int_equal(device->norm_backward(&cpu, batch, out[DX], NULL, NULL, &(device_gradient){.dy = &s.dy.a},
+                                             &s.x.a, &s.mean.a, &s.inverse.a, NULL),
+                       DEVICE_DONE);
+      assert_int_equal(ref.device->norm_backward(&ref, batch, out[Z], NULL, NULL, &(device_gradient){.dy = &s.dy.a},
+                                                 &s.x.a, &s.mean.a, &s.inverse.a, NULL),
+                       DEVICE_DONE);
       assert_true(test_error(out[DX], out[Z]) < 1e-6);
     }
     free_result(&found);
@@ -379,11 +383,11 @@ static void types_it_leaves(void **unused) {
     norm_result result = make_result(&s);
     test_array before = test_copy(&result.a[Z]);
     assert_int_equal(device->norm_moments(&cpu, &result.a[MOMENTS].a, &s.x.a), DEVICE_UNSUPPORTED);
-    assert_int_equal(device->norm_apply(&cpu, &result.a[Z].a, &s.x.a, &s.scale.a, &s.shift.a, NULL, false),
+    assert_int_equal(device->norm_apply(&cpu, &result.a[Z].a, &s.x.a, &s.scale.a, &s.shift.a, NULL, NULL, NULL, false),
                      DEVICE_UNSUPPORTED);
-    assert_int_equal(
-        device->norm_backward(&cpu, true, &result.a[Z].a, NULL, NULL, &s.dy.a, &s.x.a, &s.mean.a, &s.inverse.a, NULL),
-        DEVICE_UNSUPPORTED);
+    assert_int_equal(device->norm_backward(&cpu, true, &result.a[Z].a, NULL, NULL, &(device_gradient){.dy = &s.dy.a},
+                                           &s.x.a, &s.mean.a, &s.inverse.a, NULL),
+                     DEVICE_UNSUPPORTED);
     assert_true(test_same(&result.a[Z].a, &before.a));
     test_release(&before);
     free_result(&result);

@@ -86,8 +86,8 @@ static pool_result run(const orepa_device *device, const pool_case *c, const tes
   test_array again = test_copy(&result.a[Y_MAX]);
   device_array *y = &result.a[Y_MAX].a, *indices = &result.a[INDICES].a;
   omp_set_num_threads(threads);
-  assert_int_equal(device->max_pool_forward(&context, &c->windows, y, indices, &x->a), DEVICE_DONE);
-  assert_int_equal(device->max_pool_forward(&context, &c->windows, &again.a, NULL, &x->a), DEVICE_DONE);
+  assert_int_equal(device->max_pool_forward(&context, &c->windows, y, indices, &x->a, NULL), DEVICE_DONE);
+  assert_int_equal(device->max_pool_forward(&context, &c->windows, &again.a, NULL, &x->a, NULL), DEVICE_DONE);
   assert_true(test_same(y, &again.a));
   assert_int_equal(device->max_pool_backward(&context, &c->windows, &result.a[DX_MAX].a, &dy->a, indices), DEVICE_DONE);
   assert_int_equal(device->avg_pool_forward(&context, &c->windows, &result.a[Y_AVERAGE].a, &x->a), DEVICE_DONE);
@@ -206,7 +206,7 @@ static void types_it_leaves(void **unused) {
                y = test_new(OREPA_FLOAT64, LAYOUT_DENSE, 4, outputs),
                indices = test_new(OREPA_INT32, LAYOUT_DENSE, 4, outputs);
     test_fill_normal(&x, 1, 0, 1);
-    assert_int_equal(device->max_pool_forward(&context, &adaptive, &y.a, NULL, &x.a), DEVICE_UNSUPPORTED);
+    assert_int_equal(device->max_pool_forward(&context, &adaptive, &y.a, NULL, &x.a, NULL), DEVICE_UNSUPPORTED);
     assert_int_equal(device->avg_pool_forward(&context, &adaptive, &y.a, &x.a), DEVICE_UNSUPPORTED);
     assert_int_equal(device->max_pool_backward(&context, &adaptive, &x.a, &y.a, &indices.a), DEVICE_UNSUPPORTED);
     assert_int_equal(device->avg_pool_backward(&context, &adaptive, &x.a, &y.a), DEVICE_UNSUPPORTED);

@@ -129,7 +129,8 @@ static void conv_prologue_and_moments_are_separate_kernels(void **state) {
       device_array z = like(&a.x), y = like(&a.y), dw = like(&a.w), dw_same = like(&a.w);
       put_fractions(&prologue.scale);
       put_fractions(&prologue.shift);
-      ASSERT_DONE(ref->norm_apply(&context, &z, &a.x, &prologue.scale, &prologue.shift, NULL, prologue.relu));
+      ASSERT_DONE(
+          ref->norm_apply(&context, &z, &a.x, &prologue.scale, &prologue.shift, NULL, NULL, NULL, prologue.relu));
       ASSERT_DONE(ref->conv_forward(&context, conv, &y, &z, &a.w, &a.bias, NULL, NULL));
       ASSERT_DONE(ref->conv_forward(&context, conv, &a.y, &a.x, &a.w, &a.bias, &prologue, &moments));
       check_same(&a.y, &y, 0);
@@ -230,7 +231,7 @@ static void norm_apply_has_these_bits(void **state) {
   put_fractions(&r);
   put_fractions(&scale);
   put_fractions(&shift);
-  ASSERT_DONE(ref->norm_apply(&context, &z, &y, &scale, &shift, &r, true));
+  ASSERT_DONE(ref->norm_apply(&context, &z, &y, &scale, &shift, &r, NULL, NULL, true));
   for (int64_t k = 0; k < count_of(&y); k++) {
     float s = (float)take(&scale, k / 10 % 3), t = (float)take(&shift, k / 10 % 3), v = (float)take(&y, k);
     float expected = fmaf(s, v, t) + (float)take(&r, k);
@@ -241,20 +242,20 @@ static void norm_apply_has_these_bits(void **state) {
   put_all(&half_r, VALUES(1, 0, 0));
   put_all(&scale, VALUES(1, 1, 1));
   put_all(&shift, VALUES(0x1p-8 - 1, 0, 0));
-  ASSERT_DONE(ref->norm_apply(&context, &half, &half, &scale, &shift, &half_r, true));
+  ASSERT_DONE(ref->norm_apply(&context, &half, &half, &scale, &shift, &half_r, NULL, NULL, true));
   check_values(&half, 0, VALUES(1, 0, NAN)); /* 1 + 2^-8 is a tie */
   put_all(&half, VALUES(1, -2, -0.0));
-  ASSERT_DONE(ref->norm_apply(&context, &half, &half, &scale, &shift, NULL, false));
+  ASSERT_DONE(ref->norm_apply(&context, &half, &half, &scale, &shift, NULL, NULL, NULL, false));
   check_values(&half, 0, VALUES(0x1p-8, -2, 0));
   device_array none = dense(OREPA_FLOAT32, SHAPE(0, 3, 4));
-  ASSERT_DONE(ref->norm_apply(&context, &none, &none, &scale, &shift, &none, true));
+  ASSERT_DONE(ref->norm_apply(&context, &none, &none, &scale, &shift, &none, NULL, NULL, true));
 }
 
 /* Of sum(z * dz) by the batch's statistics; rank 3 and 4. */
 static double norm_loss(const device_array *x, const channel_arrays *c, const device_array *z, const device_array *dz) {
   orepa_norm norm = {.eps = 1e-3, .momentum = 0.1, .training = true};
   finalize(&norm, x, c, false);
-  ASSERT_DONE(ref->norm_apply(&context, z, x, &c->scale, &c->shift, NULL, false));
+  ASSERT_DONE(ref->norm_apply(&context, z, x, &c->scale, &c->shift, NULL, NULL, NULL, false));
   return inner_product(z, dz);
 }
 
@@ -280,7 +281,8 @@ static void norm_gradients_are_slopes(void **state) {
     put_fractions(&x);
     put_fractions(&dz);
     norm_loss(&x, &c, &z, &dz);
-    ASSERT_DONE(ref->norm_backward(&context, true, &dx, &dweight, &dbias, &dz, &x, &c.mean, &c.inverse, &c.weight));
+    ASSERT_DONE(ref->norm_backward(&context, true, &dx, &dweight, &dbias, &(device_gradient){.dy = &dz}, &x, &c.mean,
+                                   &c.inverse, &c.weight));
     check_slopes(&x, &dx, &x, &c, &z, &dz);
     check_slopes(&c.weight, &dweight, &x, &c, &z, &dz);
     check_slopes(&c.bias, &dbias, &x, &c, &z, &dz);
@@ -294,10 +296,12 @@ static void norm_gradient_by_running_statistics(void **state) {
                inverse = vector(OREPA_FLOAT32, VALUES(0.5));
   put_all(&x, VALUES(3, -1));
   put_all(&dy, VALUES(2, 8));
-  ASSERT_DONE(ref->norm_backward(&context, false, &dx, &dweight, NULL, &dy, &x, &mean, &inverse, NULL));
+  ASSERT_DONE(ref->norm_backward(&context, false, &dx, &dweight, NULL, &(device_gradient){.dy = &dy}, &x, &mean,
+                                 &inverse, NULL));
   check_values(&dx, 0, VALUES(1, 4));
   check_values(&dweight, 0, VALUES(2 - 8));
-  ASSERT_DONE(ref->norm_backward(&context, false, NULL, NULL, &dweight, &dy, &x, &mean, &inverse, NULL));
+  ASSERT_DONE(ref->norm_backward(&context, false, NULL, NULL, &dweight, &(device_gradient){.dy = &dy}, &x, &mean,
+                                 &inverse, NULL));
   check_values(&dweight, 0, VALUES(10));
 }
 
@@ -318,7 +322,7 @@ static void max_pool_by_hand(void **state) {
                dy = like(&y), where = dense(OREPA_INT32, SHAPE(1, 2, 2, 2));
   device_windows w = windows(2, 1, 0, 1, false);
   put_all(&x, VALUES(1, 5, 5, 0, 5, 2, 3, 4, 1, NAN, 1, -INFINITY, 2, NAN, -INFINITY, -INFINITY, -INFINITY, 7));
-  ASSERT_DONE(ref->max_pool_forward(&context, &w, &y, &where, &x));
+  ASSERT_DONE(ref->max_pool_forward(&context, &w, &y, &where, &x, NULL));
   check_values(&y, 0, VALUES(5, 5, 5, 5, NAN, NAN, NAN, NAN));
   check_values(&where, 0, VALUES(1, 1, 4, 4, 0, 4, 4, 4));
   put_all(&dy, VALUES(1, 2, 4, 8, 1, 2, 4, 8));
@@ -333,7 +337,7 @@ static void max_pool_stays_inside(void **state) {
                dx = like(&x), where = dense(OREPA_INT32, SHAPE(1, 1, 3, 3));
   device_windows w = windows(2, 2, 1, 2, false);
   put_all(&x, VALUES(9, 9, 9, 9, -INFINITY, 9, 9, 9, 9));
-  ASSERT_DONE(ref->max_pool_forward(&context, &w, &y, &where, &x));
+  ASSERT_DONE(ref->max_pool_forward(&context, &w, &y, &where, &x, NULL));
   check_values(
       &y, 0, VALUES(-INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY));
   check_values(&where, 0, VALUES(4, 4, -1, 4, 4, -1, -1, -1, -1));
@@ -341,7 +345,7 @@ static void max_pool_stays_inside(void **state) {
   ASSERT_DONE(ref->max_pool_backward(&context, &w, &dx, &y, &where));
   check_values(&dx, 0, VALUES(0, 0, 0, 0, 4, 0, 0, 0, 0));
   device_array none = dense(OREPA_FLOAT32, SHAPE(0, 1, 3, 3)), no_y = dense(OREPA_FLOAT32, SHAPE(0, 1, 2, 2));
-  ASSERT_DONE(ref->max_pool_forward(&context, &w, &no_y, NULL, &none));
+  ASSERT_DONE(ref->max_pool_forward(&context, &w, &no_y, NULL, &none, NULL));
   ASSERT_DONE(ref->max_pool_backward(&context, &w, &none, &no_y, &where));
 }
 
@@ -374,7 +378,7 @@ static void adaptive_windows_overlap(void **state) {
   put_all(&x, VALUES(1, 3, 2, 10, 6));
   ASSERT_DONE(ref->avg_pool_forward(&context, &w, &y, &x));
   check_values(&y, 1e-15, VALUES(2, 5, 8));
-  ASSERT_DONE(ref->max_pool_forward(&context, &w, &y, &where, &x));
+  ASSERT_DONE(ref->max_pool_forward(&context, &w, &y, &where, &x, NULL));
   check_values(&y, 0, VALUES(3, 10, 10));
   check_values(&where, 0, VALUES(1, 3, 3));
 }

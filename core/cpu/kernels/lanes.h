@@ -42,6 +42,34 @@ static ALWAYS_INLINE void store_float(void *to, int64_t k, float value, bool hal
   }
 }
 
+/* What is left of a value that was stored. */
+static ALWAYS_INLINE float rounded_float(float value, bool half) {
+  if (!half)
+    return value;
+  uint16_t stored;
+  store_float(&stored, 0, value, true);
+  return bfloat16_to_float(stored);
+}
+
+/* a * x + b rounded once. Without the instruction: the product is exact in double, the sum is rounded to odd there, and
+ * so the rounding to float sees on which side of a tie it was. */
+static ALWAYS_INLINE float multiply_add(float a, float x, float b) {
+#ifdef __FP_FAST_FMAF
+  return __builtin_fmaf(a, x, b);
+#else
+  double product = (double)a * x, sum = product + b, part = sum - product;
+  double error = (product - (sum - part)) + (b - part), inexact = error < 0 || error > 0 ? 1.0 : 0.0;
+  uint64_t bits, error_bits, inexact_bits;
+  memcpy(&bits, &sum, sizeof bits);
+  memcpy(&error_bits, &error, sizeof error_bits);
+  memcpy(&inexact_bits, &inexact, sizeof inexact_bits); /* bit 52 is set in 1.0, and not in 0.0 */
+  uint64_t move = inexact_bits >> 52 & ~bits & 1, toward_zero = (error_bits ^ bits) >> 63;
+  bits += move - 2 * (move & toward_zero);
+  memcpy(&sum, &bits, sizeof sum);
+  return (float)sum;
+#endif
+}
+
 /* ---- LANES elements, of any alignment ---- */
 
 static ALWAYS_INLINE float_lanes load_lanes(const void *from, int64_t k, bool half) {
@@ -64,6 +92,28 @@ static ALWAYS_INLINE void store_lanes(void *to, int64_t k, float_lanes value, bo
   } else {
     memcpy((float *)to + k, &value, sizeof value);
   }
+}
+
+static ALWAYS_INLINE float_lanes rounded_lanes(float_lanes value, bool half) {
+  if (!half)
+    return value;
+  half_lanes stored;
+  store_lanes(&stored, 0, value, true);
+  return load_lanes(&stored, 0, true);
+}
+
+/* a * x + b rounded once. */
+static ALWAYS_INLINE float_lanes multiply_add_lanes(float_lanes a, float_lanes x, float_lanes b) {
+#if defined(__AVX512F__)
+  return (float_lanes)_mm512_fmadd_ps((__m512)a, (__m512)x, (__m512)b);
+#elif defined(__FMA__)
+  return (float_lanes)_mm256_fmadd_ps((__m256)a, (__m256)x, (__m256)b);
+#else
+  float_lanes sum;
+  for (int l = 0; l < LANES; l++)
+    sum[l] = multiply_add(a[l], x[l], b[l]);
+  return sum;
+#endif
 }
 
 /* ---- the first `count` lanes; the others are zero when loaded, and not stored ---- */

@@ -3,61 +3,66 @@
 
 /* ---- forward ---- */
 
-/* a * x + b rounded once. Without the instruction: the product is exact in double, the sum is rounded to odd there, and
- * so the rounding to float sees on which side of a tie it was. */
-static ALWAYS_INLINE float multiply_add(float a, float x, float b) {
-#ifdef __FP_FAST_FMAF
-  return __builtin_fmaf(a, x, b);
-#else
-  double product = (double)a * x, sum = product + b, part = sum - product;
-  double error = (product - (sum - part)) + (b - part), inexact = error < 0 || error > 0 ? 1.0 : 0.0;
-  uint64_t bits, error_bits, inexact_bits;
-  memcpy(&bits, &sum, sizeof bits);
-  memcpy(&error_bits, &error, sizeof error_bits);
-  memcpy(&inexact_bits, &inexact, sizeof inexact_bits); /* bit 52 is set in 1.0, and not in 0.0 */
-  uint64_t move = inexact_bits >> 52 & ~bits & 1, toward_zero = (error_bits ^ bits) >> 63;
-  bits += move - 2 * (move & toward_zero);
-  memcpy(&sum, &bits, sizeof sum);
-  return (float)sum;
-#endif
-}
+typedef enum { ALONE, PLUS_MAP, PLUS_NORM } apply_kind;
+
+/* (C) each. */
+typedef struct {
+  const float *scale, *shift, *r_scale, *r_shift;
+} apply_terms;
 
 static ALWAYS_INLINE void apply_line(void *restrict z, const void *restrict y, const void *restrict r, int64_t offset,
-                                     int64_t width, const float *restrict scale, const float *restrict shift,
-                                     float least, const bool half, const bool residual) {
+                                     int64_t width, const apply_terms t, float least, const bool half,
+                                     const apply_kind kind) {
+  const float *restrict scale = t.scale, *restrict shift = t.shift, *restrict r_scale = t.r_scale,
+                        *restrict r_shift = t.r_shift;
   for (int64_t c = 0; c < width; c++) {
-    float value = multiply_add(scale[c], load_float(y, offset + c, half), shift[c]);
-    if (residual)
-      value += load_float(r, offset + c, half);
+    float value = rounded_float(multiply_add(scale[c], load_float(y, offset + c, half), shift[c]), half);
+    if (kind == PLUS_MAP)
+      value = rounded_float(value + load_float(r, offset + c, half), half);
+    if (kind == PLUS_NORM) {
+      float added = multiply_add(r_scale[c], load_float(r, offset + c, half), r_shift[c]);
+      value = rounded_float(value + rounded_float(added, half), half);
+    }
     store_float(z, offset + c, value < least ? least : value, half);
   }
 }
 
 static ALWAYS_INLINE void apply_lines(void *z, const void *y, const void *r, int64_t offset, int64_t elements,
-                                      int64_t width, const float *scale, const float *shift, float least,
-                                      const bool half, const bool residual) {
+                                      int64_t width, const apply_terms t, float least, const bool half,
+                                      const apply_kind kind) {
   for (int64_t end = offset + elements; offset < end; offset += width)
-    apply_line(z, y, r, offset, end - offset < width ? end - offset : width, scale, shift, least, half, residual);
+    apply_line(z, y, r, offset, end - offset < width ? end - offset : width, t, least, half, kind);
 }
 
-static void apply_run(const row_layout *m, row_run run, void *z, const void *y, const void *r, const float *scale,
-                      const float *shift, bool relu) {
-  float scales[LINE], shifts[LINE], least = relu ? 0 : -INFINITY;
+static void apply_run(const row_layout *m, row_run run, void *z, const void *y, const void *r, const apply_terms *terms,
+                      bool relu) {
+  float lines[4][LINE], least = relu ? 0 : -INFINITY;
   int64_t copies = rows_in_line(m->width, run.rows), width = copies * m->width, elements = run.rows * m->width;
-  scale = repeat(scales, scale, m->width, copies);
-  shift = repeat(shifts, shift, m->width, copies);
-  switch ((m->half ? 2 : 0) + (r ? 1 : 0)) {
-  case 0:
-    apply_lines(z, y, NULL, run.offset, elements, width, scale, shift, least, false, false);
+  apply_terms t = {repeat(lines[0], terms->scale + run.channel, m->width, copies),
+                   repeat(lines[1], terms->shift + run.channel, m->width, copies), NULL, NULL};
+  if (terms->r_scale) {
+    t.r_scale = repeat(lines[2], terms->r_scale + run.channel, m->width, copies);
+    t.r_shift = repeat(lines[3], terms->r_shift + run.channel, m->width, copies);
+  }
+  apply_kind kind = !r ? ALONE : t.r_scale ? PLUS_NORM : PLUS_MAP;
+  switch ((m->half ? 3 : 0) + (int)kind) {
+  case ALONE:
+    apply_lines(z, y, NULL, run.offset, elements, width, t, least, false, ALONE);
     break;
-  case 1:
-    apply_lines(z, y, r, run.offset, elements, width, scale, shift, least, false, true);
+  case PLUS_MAP:
+    apply_lines(z, y, r, run.offset, elements, width, t, least, false, PLUS_MAP);
     break;
-  case 2:
-    apply_lines(z, y, NULL, run.offset, elements, width, scale, shift, least, true, false);
+  case PLUS_NORM:
+    apply_lines(z, y, r, run.offset, elements, width, t, least, false, PLUS_NORM);
+    break;
+  case 3 + ALONE:
+    apply_lines(z, y, NULL, run.offset, elements, width, t, least, true, ALONE);
+    break;
+  case 3 + PLUS_MAP:
+    apply_lines(z, y, r, run.offset, elements, width, t, least, true, PLUS_MAP);
     break;
   default:
-    apply_lines(z, y, r, run.offset, elements, width, scale, shift, least, true, true);
+    apply_lines(z, y, r, run.offset, elements, width, t, least, true, PLUS_NORM);
   }
 }
 
@@ -68,25 +73,27 @@ static int64_t rows_at_once(int64_t channels) {
 
 device_status KERNEL(norm_apply)(device_context *context, const device_array *z, const device_array *y,
                                  const device_array *scale, const device_array *shift, const device_array *r,
-                                 bool relu) {
-  const device_array *parameters[] = {scale, shift};
-  if (!is_map(z) || y->dtype != z->dtype || (r && r->dtype != z->dtype) || !are_parameters(2, parameters))
+                                 const device_array *r_scale, const device_array *r_shift, bool relu) {
+  const device_array *parameters[] = {scale, shift, r_scale, r_shift};
+  if (!is_map(z) || y->dtype != z->dtype || (r && r->dtype != z->dtype) || !are_parameters(4, parameters))
     return DEVICE_UNSUPPORTED;
   row_layout m = layout_of(z);
   if (m.rows * m.channels == 0)
     return DEVICE_DONE;
-  float *copies = context->workspace(context, (size_t)(2 * m.channels) * sizeof(float));
+  float *copies = context->workspace(context, (size_t)(4 * m.channels) * sizeof(float));
   if (!copies)
     return DEVICE_FAILED;
-  const float *scales = dense_channels(scale, copies), *shifts = dense_channels(shift, copies + m.channels);
+  apply_terms terms = {dense_channels(scale, copies), dense_channels(shift, copies + m.channels), NULL, NULL};
+  if (r && r_scale) {
+    terms.r_scale = dense_channels(r_scale, copies + 2 * m.channels);
+    terms.r_shift = dense_channels(r_shift, copies + 3 * m.channels);
+  }
   int64_t step = rows_at_once(m.channels);
 #pragma omp parallel for schedule(static) if (m.rows * m.channels >= PARALLEL_FROM)
   for (int64_t first = 0; first < m.rows; first += step) {
     int64_t last = first + step < m.rows ? first + step : m.rows;
-    for (int64_t k = 0; k < runs_between(&m, first, last); k++) {
-      row_run run = run_between(&m, first, last, k);
-      apply_run(&m, run, z->data, y->data, r ? r->data : NULL, scales + run.channel, shifts + run.channel, relu);
-    }
+    for (int64_t k = 0; k < runs_between(&m, first, last); k++)
+      apply_run(&m, run_between(&m, first, last, k), z->data, y->data, r ? r->data : NULL, &terms, relu);
   }
   return DEVICE_DONE;
 }

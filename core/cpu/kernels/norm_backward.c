@@ -1,19 +1,30 @@
-/* norm_backward.c: batch norm's gradient in two passes that are as fast as memory. */
+/* norm_backward.c: batch norm's gradient in two passes that are as fast as memory: sums over the map, then dx.
+ *
+ * Both read the gradient that arrives block by block. Where it is not in memory as it is needed (a sum, behind a ReLU
+ * or a max pool) a block of it is computed first, small enough to be read again from the cache, so that what follows
+ * adds up the same numbers in the same order as if it had been stored. */
+#include <omp.h>
+
 #include "cpu/kernels/norm_rows.h"
+#include "cpu/kernels/pool.h"
+
+enum {
+  STEP = 8,     /* lines that are summed together */
+  BLOCK = 4096, /* elements of a block, if STEP lines are no more */
+};
 
 /* ---- sums over rows ---- */
 
-/* Of each column of a number of lines: the sum of u and of u * (x - center), where u is dy, or x - center without dy.
- */
+/* Of each column of a number of lines: the sum of dy and of dy * (x - center). */
 static ALWAYS_INLINE void sum_lines(const void *restrict dy, const void *restrict x, int64_t offset, int64_t width,
                                     const float *restrict center, float *restrict sum, float *restrict product,
-                                    const int lines, const bool half, const bool gradient) {
+                                    const int lines, const bool half) {
   for (int64_t c = 0; c < width; c++) {
     float s = 0, p = 0;
 #pragma GCC unroll 8
     for (int l = 0; l < lines; l++) {
       float difference = load_float(x, offset + l * width + c, half) - center[c];
-      float u = gradient ? load_float(dy, offset + l * width + c, half) : difference;
+      float u = load_float(dy, offset + l * width + c, half);
       s += u;
       p += u * difference;
     }
@@ -22,58 +33,182 @@ static ALWAYS_INLINE void sum_lines(const void *restrict dy, const void *restric
   }
 }
 
-static ALWAYS_INLINE void sum_all_lines(const void *dy, const void *x, int64_t offset, int64_t elements, int64_t width,
-                                        const float *center, float *sum, float *product, const bool half,
-                                        const bool gradient) {
-  int64_t end = offset + elements;
-  for (; offset + 8 * width <= end; offset += 8 * width)
-    sum_lines(dy, x, offset, width, center, sum, product, 8, half, gradient);
-  for (; offset < end; offset += width)
-    sum_lines(dy, x, offset, end - offset < width ? end - offset : width, center, sum, product, 1, half, gradient);
+static ALWAYS_INLINE void sum_all_lines(const void *dy, const void *x, int64_t elements, int64_t width,
+                                        const float *center, float *sum, float *product, const bool half) {
+  int64_t offset = 0;
+  for (; offset + STEP * width <= elements; offset += STEP * width)
+    sum_lines(dy, x, offset, width, center, sum, product, STEP, half);
+  for (; offset < elements; offset += width)
+    sum_lines(dy, x, offset, elements - offset < width ? elements - offset : width, center, sum, product, 1, half);
 }
 
-/* Adds to sum (C) and product (C) what rows `run` of a map have. */
-static void sum_run(const row_layout *m, row_run run, const void *dy, const void *x, const float *center, float *sum,
-                    float *product) {
-  float centers[LINE], sums[LINE], products[LINE];
-  int64_t copies = rows_in_line(m->width, run.rows), width = copies * m->width, elements = run.rows * m->width;
-  const float *line = repeat(centers, center, m->width, copies);
-  float *s = copies == 1 ? sum : sums, *p = copies == 1 ? product : products;
-  if (copies > 1) {
-    memset(sums, 0, (size_t)width * sizeof(float));
-    memset(products, 0, (size_t)width * sizeof(float));
+/* ---- the gradient that arrives ---- */
+
+typedef enum { UNMASKED, BY_RESULT, BY_SCALE } mask_kind;
+
+typedef struct {
+  const void *dy, *added, *result, *x;
+  void *kept;
+  const pool_plan *pool; /* NULL: none; indices are those of its windows */
+  const int32_t *indices;
+  mask_kind mask;
+  const float *scale, *shift; /* (C) */
+} gradient_source;
+
+static inline const void *element(const void *data, int64_t k, bool half) {
+  return (const char *)data + k * (half ? 2 : 4);
+}
+
+/* One line; `of` is the result or x, by the kind of mask. `to` may be dy. */
+static ALWAYS_INLINE void mix_line(void *to, const void *dy, const void *added, const void *of, int64_t offset,
+                                   int64_t width, const float *scale, const float *shift, const bool half,
+                                   const bool sum, const mask_kind mask) {
+#pragma omp simd
+  for (int64_t c = 0; c < width; c++) {
+    float u = load_float(dy, offset + c, half), z = 1;
+    if (sum)
+      u = rounded_float(u + load_float(added, offset + c, half), half);
+    if (mask == BY_RESULT)
+      z = load_float(of, offset + c, half);
+    if (mask == BY_SCALE)
+      z = rounded_float(multiply_add(scale[c], load_float(of, offset + c, half), shift[c]), half);
+    store_float(to, offset + c, z > 0 ? u : 0, half);
   }
-  switch ((m->half ? 2 : 0) + (dy ? 1 : 0)) {
-  case 0:
-    sum_all_lines(NULL, x, run.offset, elements, width, line, s, p, false, false);
-    break;
-  case 1:
-    sum_all_lines(dy, x, run.offset, elements, width, line, s, p, false, true);
-    break;
-  case 2:
-    sum_all_lines(NULL, x, run.offset, elements, width, line, s, p, true, false);
-    break;
-  default:
-    sum_all_lines(dy, x, run.offset, elements, width, line, s, p, true, true);
+}
+
+static ALWAYS_INLINE void mix_lines(void *to, const void *dy, const void *added, const void *of, int64_t elements,
+                                    int64_t width, const float *scale, const float *shift, const bool half,
+                                    const bool sum, const mask_kind mask) {
+  for (int64_t k = 0; k < elements; k += width)
+    mix_line(to, dy, added, of, k, elements - k < width ? elements - k : width, scale, shift, half, sum, mask);
+}
+
+typedef void mix(void *to, const void *dy, const void *added, const void *of, int64_t elements, int64_t width,
+                 const float *scale, const float *shift);
+
+#define MIX(name, half, sum, mask)                                                                                     \
+  static void name(void *to, const void *dy, const void *added, const void *of, int64_t elements, int64_t width,       \
+                   const float *scale, const float *shift) {                                                           \
+    mix_lines(to, dy, added, of, elements, width, scale, shift, half, sum, mask);                                      \
   }
-  if (copies > 1) {
-    add_repeated(sum, sums, m->width, copies);
-    add_repeated(product, products, m->width, copies);
+MIX(copied, false, false, UNMASKED)
+MIX(summed, false, true, UNMASKED)
+MIX(masked, false, false, BY_RESULT)
+MIX(summed_masked, false, true, BY_RESULT)
+MIX(recomputed, false, false, BY_SCALE)
+MIX(summed_recomputed, false, true, BY_SCALE)
+MIX(half_copied, true, false, UNMASKED)
+MIX(half_summed, true, true, UNMASKED)
+MIX(half_masked, true, false, BY_RESULT)
+MIX(half_summed_masked, true, true, BY_RESULT)
+MIX(half_recomputed, true, false, BY_SCALE)
+MIX(half_summed_recomputed, true, true, BY_SCALE)
+#undef MIX
+
+static mix *const mixes[2][2][3] = {/* [half][added][mask] */
+                                    {{copied, masked, recomputed}, {summed, summed_masked, summed_recomputed}},
+                                    {{half_copied, half_masked, half_recomputed},
+                                     {half_summed, half_summed_masked, half_summed_recomputed}}};
+
+/* Whether dy is the gradient as it lies in memory. */
+static bool is_plain(const gradient_source *g) {
+  return !g->added && !g->pool && g->mask == UNMASKED && !g->kept;
+}
+
+/* `elements` elements of the gradient from element `offset` of the map on: where they are. The lines are `width` wide;
+ * scale and shift are lines. `buffer` has room for them. */
+static const void *gradient_at(const gradient_source *g, const row_layout *m, int64_t offset, int64_t elements,
+                               int64_t width, const float *scale, const float *shift, void *buffer) {
+  const void *dy = element(g->dy, g->pool ? 0 : offset, m->half);
+  if (is_plain(g))
+    return dy;
+  void *to = g->kept ? (void *)element(g->kept, offset, m->half) : buffer;
+  if (g->pool) {
+    KERNEL(max_pool_gather)(g->pool, g->dy, g->indices, offset / m->channels, elements / m->channels, to);
+    dy = to;
+  }
+  const void *added = g->added ? element(g->added, offset, m->half) : NULL;
+  const void *of = g->mask == UNMASKED ? NULL : element(g->mask == BY_RESULT ? g->result : g->x, offset, m->half);
+  if (dy != to || of)
+    mixes[m->half][added != NULL][g->mask](to, dy, added, of, elements, width, scale, shift);
+  return to;
+}
+
+/* Once the first pass has stored the gradient, the second reads it as it is. */
+static gradient_source after_first_pass(const gradient_source *g) {
+  return g->kept ? (gradient_source){.dy = g->kept, .x = g->x} : *g;
+}
+
+/* ---- runs of rows ---- */
+
+/* How a run is walked: in lines of `width`, blocks of `block` elements. */
+typedef struct {
+  int64_t copies, width, block, elements;
+} run_walk;
+
+static run_walk walk_of(const row_layout *m, row_run run) {
+  run_walk w = {.copies = rows_in_line(m->width, run.rows), .elements = run.rows * m->width};
+  w.width = w.copies * m->width;
+  w.block = STEP * w.width * (STEP * w.width < BLOCK ? BLOCK / (STEP * w.width) : 1);
+  return w;
+}
+
+/* What a thread's buffer has to hold: a line is no wider than LINE or the rows. */
+static size_t buffer_bytes(const row_layout *m) {
+  int64_t line = m->width < LINE ? LINE : m->width, block = STEP * line < BLOCK ? BLOCK : STEP * line;
+  return (size_t)block * sizeof(float);
+}
+
+/* Lines of what masks by scale, where it does. */
+static void mask_lines(const gradient_source *g, const row_layout *m, row_run run, int64_t copies, float lines[2][LINE],
+                       const float **scale, const float **shift) {
+  *scale = *shift = NULL;
+  if (g->mask != BY_SCALE)
+    return;
+  *scale = repeat(lines[0], g->scale + run.channel, m->width, copies);
+  *shift = repeat(lines[1], g->shift + run.channel, m->width, copies);
+}
+
+/* Adds to sum (C) and product (C), already those of the run's channels, what a run has. */
+static void sum_run(const row_layout *m, row_run run, const gradient_source *g, const float *center, float *sum,
+                    float *product, void *buffer) {
+  float lines[5][LINE];
+  const float *scale, *shift;
+  run_walk w = walk_of(m, run);
+  const float *centers = repeat(lines[0], center, m->width, w.copies);
+  float *s = w.copies == 1 ? sum : lines[1], *p = w.copies == 1 ? product : lines[2];
+  mask_lines(g, m, run, w.copies, lines + 3, &scale, &shift);
+  if (w.copies > 1) {
+    memset(s, 0, (size_t)w.width * sizeof(float));
+    memset(p, 0, (size_t)w.width * sizeof(float));
+  }
+  for (int64_t k = 0; k < w.elements; k += w.block) {
+    int64_t count = w.elements - k < w.block ? w.elements - k : w.block;
+    const void *dy = gradient_at(g, m, run.offset + k, count, w.width, scale, shift, buffer);
+    const void *x = element(g->x, run.offset + k, m->half);
+    if (m->half)
+      sum_all_lines(dy, x, count, w.width, centers, s, p, true);
+    else
+      sum_all_lines(dy, x, count, w.width, centers, s, p, false);
+  }
+  if (w.copies > 1) {
+    add_repeated(sum, s, m->width, w.copies);
+    add_repeated(product, p, m->width, w.copies);
   }
 }
 
 /* sum (C) and product (C) over the rows first ... last - 1. */
-static void sum_rows(const row_layout *m, int64_t first, int64_t last, const void *dy, const void *x,
-                     const float *center, float *sum, float *product) {
+static void sum_rows(const row_layout *m, int64_t first, int64_t last, const gradient_source *g, const float *center,
+                     float *sum, float *product, void *buffer) {
   memset(sum, 0, (size_t)m->channels * sizeof(float));
   memset(product, 0, (size_t)m->channels * sizeof(float));
   for (int64_t k = 0; k < runs_between(m, first, last); k++) {
     row_run run = run_between(m, first, last, k);
-    sum_run(m, run, dy, x, center + run.channel, sum + run.channel, product + run.channel);
+    sum_run(m, run, g, center + run.channel, sum + run.channel, product + run.channel, buffer);
   }
 }
 
-/* ---- backward: dx = gain * dy + slope * (x - mean) + level ---- */
+/* ---- dx = gain * dy + slope * (x - mean) + level ---- */
 
 typedef struct {
   const float *mean;
@@ -96,27 +231,46 @@ static ALWAYS_INLINE void scaled_line(void *restrict dx, const void *restrict dy
     store_float(dx, offset + c, gain[c] * load_float(dy, offset + c, half), half);
 }
 
-/* x NULL: slope and level are zero. */
-static void gradient_run(const row_layout *m, row_run run, void *dx, const void *dy, const void *x,
-                         const gradient_terms *terms) {
-  float lines[4][LINE];
-  int64_t copies = rows_in_line(m->width, run.rows), width = copies * m->width, end = run.offset + run.rows * m->width;
-  const float *gain = repeat(lines[0], terms->gain + run.channel, m->width, copies);
-  const float *mean = repeat(lines[1], terms->mean + run.channel, m->width, copies);
-  const float *slope = repeat(lines[2], terms->slope + run.channel, m->width, copies);
-  const float *level = repeat(lines[3], terms->level + run.channel, m->width, copies);
-  for (int64_t offset = run.offset; offset < end; offset += width) {
-    int64_t count = end - offset < width ? end - offset : width;
-    if (x && m->half)
-      gradient_line(dx, dy, x, offset, count, mean, gain, slope, level, true);
+/* Lines of the terms for a run's channels. */
+typedef struct {
+  const float *mean, *gain, *slope, *level;
+} term_lines;
+
+/* A block; x NULL: slope and level are zero. */
+static void gradient_block(void *dx, const void *dy, const void *x, int64_t elements, int64_t width,
+                           const term_lines *t, bool half) {
+  for (int64_t offset = 0; offset < elements; offset += width) {
+    int64_t count = elements - offset < width ? elements - offset : width;
+    if (x && half)
+      gradient_line(dx, dy, x, offset, count, t->mean, t->gain, t->slope, t->level, true);
     else if (x)
-      gradient_line(dx, dy, x, offset, count, mean, gain, slope, level, false);
-    else if (m->half)
-      scaled_line(dx, dy, offset, count, gain, true);
+      gradient_line(dx, dy, x, offset, count, t->mean, t->gain, t->slope, t->level, false);
+    else if (half)
+      scaled_line(dx, dy, offset, count, t->gain, true);
     else
-      scaled_line(dx, dy, offset, count, gain, false);
+      scaled_line(dx, dy, offset, count, t->gain, false);
   }
 }
+
+static void gradient_run(const row_layout *m, row_run run, void *dx, const gradient_source *g, bool batch_statistics,
+                         const gradient_terms *terms, void *buffer) {
+  float lines[6][LINE];
+  const float *scale, *shift;
+  run_walk w = walk_of(m, run);
+  const term_lines t = {repeat(lines[0], terms->mean + run.channel, m->width, w.copies),
+                        repeat(lines[1], terms->gain + run.channel, m->width, w.copies),
+                        repeat(lines[2], terms->slope + run.channel, m->width, w.copies),
+                        repeat(lines[3], terms->level + run.channel, m->width, w.copies)};
+  mask_lines(g, m, run, w.copies, lines + 4, &scale, &shift);
+  for (int64_t k = 0; k < w.elements; k += w.block) {
+    int64_t count = w.elements - k < w.block ? w.elements - k : w.block, offset = run.offset + k;
+    const void *dy = gradient_at(g, m, offset, count, w.width, scale, shift, buffer);
+    gradient_block((void *)element(dx, offset, m->half), dy, batch_statistics ? element(g->x, offset, m->half) : NULL,
+                   count, w.width, &t, m->half);
+  }
+}
+
+/* ---- the entry ---- */
 
 typedef struct {
   bool batch_statistics;
@@ -145,44 +299,102 @@ static void merge_gradients(const norm_gradient *g, const float *partial, int64_
   }
 }
 
+static bool is_like(const device_array *a, const device_array *x) {
+  return !a || a->dtype == x->dtype;
+}
+
+static bool is_supported(const device_gradient *dy, const device_array *x) {
+  return is_map(x) && is_like(dy->dy, x) && is_like(dy->added, x) && is_like(dy->result, x) && is_like(dy->kept, x) &&
+         are_parameters(2, (const device_array *[]){dy->scale, dy->shift}) &&
+         (!dy->windows || (dy->indices->dtype == OREPA_INT32 && x->rank == 4));
+}
+
+/* Pieces of the block of scratch, in floats but for the plan. */
+typedef struct {
+  float *terms, *scale, *shift, *partial; /* (4, C), (C), (C), (chunks, 2, C) */
+  char *buffers;                          /* one for each thread */
+  void *plan;
+  size_t buffer;
+} gradient_scratch;
+
+static bool take_scratch(gradient_scratch *s, device_context *context, const row_layout *m, int64_t chunks,
+                         const device_gradient *dy, const device_array *x) {
+  size_t plan = dy->windows ? (KERNEL(pool_plan_bytes)(dy->dy, x) + 63) / 64 * 64 : 0;
+  s->buffer = buffer_bytes(m);
+  size_t buffers = (size_t)omp_get_max_threads() * s->buffer;
+  char *memory = context->workspace(context, plan + buffers + (size_t)((6 + 2 * chunks) * m->channels) * sizeof(float));
+  if (!memory)
+    return false;
+  s->plan = memory;
+  s->buffers = memory + plan;
+  s->terms = (float *)(s->buffers + buffers);
+  s->scale = s->terms + 4 * m->channels;
+  s->shift = s->scale + m->channels;
+  s->partial = s->shift + m->channels;
+  return true;
+}
+
+static gradient_source source_of(const device_gradient *dy, const device_array *x, const pool_plan *pool,
+                                 const gradient_scratch *s) {
+  gradient_source g = {.dy = dy->dy->data, .x = x->data, .kept = dy->kept ? dy->kept->data : NULL};
+  g.added = dy->added ? dy->added->data : NULL;
+  if (dy->windows) {
+    g.pool = pool;
+    g.indices = dy->indices->data;
+    g.added = NULL;
+  }
+  if (dy->result) {
+    g.mask = BY_RESULT;
+    g.result = dy->result->data;
+  } else if (dy->scale) {
+    g.mask = BY_SCALE;
+    g.scale = dense_channels(dy->scale, s->scale);
+    g.shift = dense_channels(dy->shift, s->shift);
+  }
+  return g;
+}
+
 device_status KERNEL(norm_backward)(device_context *context, bool batch_statistics, const device_array *dx,
-                                    const device_array *dweight, const device_array *dbias, const device_array *dy,
+                                    const device_array *dweight, const device_array *dbias, const device_gradient *dy,
                                     const device_array *x, const device_array *mean, const device_array *inverse,
                                     const device_array *weight) {
   norm_gradient g = {batch_statistics, dweight, dbias, mean, inverse, weight};
   const device_array *parameters[] = {dweight, dbias, mean, inverse, weight};
-  if (!is_map(x) || dy->dtype != x->dtype || (dx && dx->dtype != x->dtype) || !are_parameters(5, parameters))
+  if (!is_supported(dy, x) || (dx && dx->dtype != x->dtype) || !are_parameters(5, parameters))
     return DEVICE_UNSUPPORTED;
   row_layout m = layout_of(x);
   if (m.channels == 0)
     return DEVICE_DONE;
-  bool summed = (batch_statistics && dx) || dweight || dbias;
+  bool summed = (batch_statistics && dx) || dweight || dbias || dy->kept;
   int64_t step = moments_rows(m.rows), chunks = moments_chunks(m.rows), summed_chunks = summed ? chunks : 0;
-  float *scratch = context->workspace(context, (size_t)((4 + 2 * summed_chunks) * m.channels) * sizeof(float));
-  if (!scratch)
+  gradient_scratch s;
+  if (!take_scratch(&s, context, &m, summed_chunks, dy, x))
     return DEVICE_FAILED;
-  float *partial = scratch + 4 * m.channels;
-  gradient_terms terms = {dense_channels(mean, scratch), scratch + m.channels, scratch + 2 * m.channels,
-                          scratch + 3 * m.channels};
+  gradient_terms terms = {dense_channels(mean, s.terms), s.terms + m.channels, s.terms + 2 * m.channels,
+                          s.terms + 3 * m.channels};
+  pool_plan pool;
+  if (dy->windows)
+    pool = KERNEL(pool_plan_in)(s.plan, dy->windows, dy->dy, x);
+  const gradient_source arriving = source_of(dy, x, &pool, &s), kept = after_first_pass(&arriving);
 #pragma omp parallel if (m.rows * m.channels >= PARALLEL_FROM)
   {
+    void *buffer = s.buffers + (size_t)omp_get_thread_num() * s.buffer;
 #pragma omp for schedule(static)
     for (int64_t k = 0; k < summed_chunks; k++) {
-      float *sum = partial + k * 2 * m.channels;
-      sum_rows(&m, k * step, chunk_end(m.rows, k), dy->data, x->data, terms.mean, sum, sum + m.channels);
+      float *sum = s.partial + k * 2 * m.channels;
+      sum_rows(&m, k * step, chunk_end(m.rows, k), &arriving, terms.mean, sum, sum + m.channels, buffer);
     }
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < m.channels; first += MERGED) {
       int64_t count = m.channels - first < MERGED ? m.channels - first : MERGED;
-      merge_gradients(&g, partial, summed_chunks, &m, first, count, &terms);
+      merge_gradients(&g, s.partial, summed_chunks, &m, first, count, &terms);
     }
     /* From the end, which the first pass left in the cache. */
 #pragma omp for schedule(static)
     for (int64_t k = (dx ? chunks : 0) - 1; k >= 0; k--) {
       int64_t first = k * step, last = chunk_end(m.rows, k);
       for (int64_t j = 0; j < runs_between(&m, first, last); j++)
-        gradient_run(&m, run_between(&m, first, last, j), dx->data, dy->data, batch_statistics ? x->data : NULL,
-                     &terms);
+        gradient_run(&m, run_between(&m, first, last, j), dx->data, &kept, batch_statistics, &terms, buffer);
     }
   }
   return DEVICE_DONE;

@@ -7,6 +7,7 @@
 
 #include <math.h>
 
+#include "cpu/kernels/channels.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/lanes.h"
 
@@ -103,26 +104,6 @@ static inline void add_repeated(float *sums, const float line[LINE], int64_t cha
 static inline int64_t chunk_end(int64_t rows, int64_t chunk) {
   int64_t end = (chunk + 1) * moments_rows(rows);
   return end < rows ? end : rows;
-}
-
-/* ---- values of a channel ---- */
-
-static inline float channel_value(const device_array *a, int64_t c, float absent) {
-  return a ? ((const float *)a->data)[c * a->strides[0]] : absent;
-}
-
-static inline void channel_set(const device_array *a, int64_t c, double value) {
-  if (a)
-    ((float *)a->data)[c * a->strides[0]] = (float)value;
-}
-
-/* The values of (C) side by side, in `copy` where they aren't. */
-static inline const float *dense_channels(const device_array *a, float *copy) {
-  if (a->strides[0] == 1)
-    return a->data;
-  for (int64_t c = 0; c < a->shape[0]; c++)
-    copy[c] = channel_value(a, c, 0);
-  return copy;
 }
 
 #endif

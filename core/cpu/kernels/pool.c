@@ -3,8 +3,10 @@
  * every element is written once, by one thread, its terms added in one order. */
 #include <math.h>
 
+#include "cpu/kernels/channels.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/lanes.h"
+#include "cpu/kernels/pool.h"
 
 enum {
   BLOCK = 4,             /* vectors that are kept in registers together */
@@ -12,13 +14,6 @@ enum {
 };
 
 /* ---- windows along one axis ---- */
-
-/* Positions first, first + step, ... < end. */
-typedef struct {
-  int64_t first, end, step;
-  int64_t divisor; /* of a window: what an average divides by along this axis */
-  float share;     /* 1 / divisor */
-} pool_span;
 
 /* What window `output` takes of the map. */
 static pool_span window_of(const device_windows *windows, int axis, int64_t output, int64_t outputs, int64_t size) {
@@ -60,41 +55,38 @@ static pool_span windows_over(const device_windows *windows, int axis, int64_t p
 
 /* ---- plan: all windows of a map, worked out once ---- */
 
-typedef struct {
-  int64_t images, channels, height, width, rows, columns; /* maps (N, H, W, C), windows (N, P, Q, C) */
-  pool_span *row, *column;                                /* (P), (Q): windows */
-  pool_span *over_row, *over_column;                      /* (H), (W): windows over a position */
-  bool half;
-} pool_plan;
+static size_t spans_of(const device_array *y, const device_array *x) {
+  return (size_t)(y->shape[2] + y->shape[3] + x->shape[2] + x->shape[3]);
+}
 
-/* x is the map, and y has an element for each window. False with a message. */
-static bool make_plan(device_context *context, pool_plan *plan, const device_windows *windows, const device_array *y,
-                      const device_array *x) {
+size_t KERNEL(pool_plan_bytes)(const device_array *y, const device_array *x) {
+  return spans_of(y, x) * sizeof(pool_span);
+}
+
+pool_plan KERNEL(pool_plan_in)(void *memory, const device_windows *windows, const device_array *y,
+                               const device_array *x) {
   int64_t height = x->shape[2], width = x->shape[3], rows = y->shape[2], columns = y->shape[3];
-  size_t spans = (size_t)(rows + columns + height + width + 1); /* one more: never none */
-  pool_span *span = context->workspace(context, spans * sizeof *span);
-  if (!span)
-    return false;
-  *plan = (pool_plan){x->shape[0],
-                      x->shape[1],
-                      height,
-                      width,
-                      rows,
-                      columns,
-                      span,
-                      span + rows,
-                      span + rows + columns,
-                      span + rows + columns + height,
-                      x->dtype == OREPA_BFLOAT16};
+  pool_span *span = memory;
+  pool_plan plan = {x->shape[0],
+                    x->shape[1],
+                    height,
+                    width,
+                    rows,
+                    columns,
+                    span,
+                    span + rows,
+                    span + rows + columns,
+                    span + rows + columns + height,
+                    x->dtype == OREPA_BFLOAT16};
   for (int64_t p = 0; p < rows; p++)
-    plan->row[p] = window_of(windows, 0, p, rows, height);
+    plan.row[p] = window_of(windows, 0, p, rows, height);
   for (int64_t q = 0; q < columns; q++)
-    plan->column[q] = window_of(windows, 1, q, columns, width);
+    plan.column[q] = window_of(windows, 1, q, columns, width);
   for (int64_t h = 0; h < height; h++)
-    plan->over_row[h] = windows_over(windows, 0, h, rows, height);
+    plan.over_row[h] = windows_over(windows, 0, h, rows, height);
   for (int64_t w = 0; w < width; w++)
-    plan->over_column[w] = windows_over(windows, 1, w, columns, width);
-  return true;
+    plan.over_column[w] = windows_over(windows, 1, w, columns, width);
+  return plan;
 }
 
 /* ---- passes ---- */
@@ -105,6 +97,8 @@ typedef struct {
   const void *from;
   void *into;
   int32_t *indices;
+  const float *scale, *shift; /* (C), of the prologue; NULL: none */
+  bool relu;
   int64_t image, h, w, to; /* channel 0 of it is element `to` */
   pool_span row, column;
 } pool_element;
@@ -172,12 +166,34 @@ static ALWAYS_INLINE int_lanes all_lanes(int64_t value) {
 
 /* ---- maximum ---- */
 
-static ALWAYS_INLINE void take_largest(const pool_element *e, int64_t c, const int vectors, const int64_t lanes,
-                                       const bool half) {
+/* The prologue's terms for the channels of a pass. */
+typedef struct {
+  float_lanes scale[BLOCK], shift[BLOCK], least;
+} prologue_lanes;
+
+static ALWAYS_INLINE void load_prologue(prologue_lanes *p, const pool_element *e, int64_t c, const int vectors,
+                                        const int64_t lanes) {
+  p->least = (float_lanes){0} - (e->relu ? 0 : INFINITY);
+  for (int v = 0; v < vectors; v++) {
+    p->scale[v] = load_some_lanes(e->scale, c + v * LANES, lanes, false);
+    p->shift[v] = load_some_lanes(e->shift, c + v * LANES, lanes, false);
+  }
+}
+
+static ALWAYS_INLINE float_lanes after_prologue(const prologue_lanes *p, int v, float_lanes value, const bool half) {
+  value = rounded_lanes(multiply_add_lanes(p->scale[v], value, p->shift[v]), half);
+  return (float_lanes)choose(value < p->least, (int_lanes)p->least, (int_lanes)value);
+}
+
+static ALWAYS_INLINE void largest(const pool_element *e, int64_t c, const int vectors, const int64_t lanes,
+                                  const bool half, const bool prologue) {
   const pool_span h = e->row, w = e->column;
   const int64_t width = e->plan->width;
   float_lanes best[BLOCK];
   int_lanes index[BLOCK];
+  prologue_lanes before;
+  if (prologue)
+    load_prologue(&before, e, c, vectors, lanes);
   for (int v = 0; v < vectors; v++) {
     best[v] = (float_lanes){0} - INFINITY;
     index[v] = all_lanes(h.first < h.end && w.first < w.end ? h.first * width + w.first : -1);
@@ -188,6 +204,8 @@ static ALWAYS_INLINE void take_largest(const pool_element *e, int64_t c, const i
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; v++) {
         float_lanes value = load_some_lanes(e->from, at + v * LANES, lanes, half);
+        if (prologue)
+          value = after_prologue(&before, v, value, half);
         int_lanes take = ~(value <= best[v]) & (best[v] == best[v]); /* larger, or the first NaN */
         best[v] = (float_lanes)choose(take, (int_lanes)value, (int_lanes)best[v]);
         index[v] = choose(take, all_lanes(i * width + j), index[v]);
@@ -198,6 +216,16 @@ static ALWAYS_INLINE void take_largest(const pool_element *e, int64_t c, const i
     if (e->indices)
       memcpy(e->indices + e->to + c + v * LANES, &index[v], (size_t)lanes * sizeof(int32_t));
   }
+}
+
+static ALWAYS_INLINE void take_largest(const pool_element *e, int64_t c, const int vectors, const int64_t lanes,
+                                       const bool half) {
+  largest(e, c, vectors, lanes, half, false);
+}
+
+static ALWAYS_INLINE void take_largest_after(const pool_element *e, int64_t c, const int vectors, const int64_t lanes,
+                                             const bool half) {
+  largest(e, c, vectors, lanes, half, true);
 }
 
 /* The gradients of those windows over an element that took it. */
@@ -224,6 +252,10 @@ static ALWAYS_INLINE void add_if_taken(const pool_element *e, int64_t c, const i
 
 static void max_forward_row(const pool_element *e, int64_t r) {
   output_row(take_largest, e, r);
+}
+
+static void max_forward_row_after(const pool_element *e, int64_t r) {
+  output_row(take_largest_after, e, r);
 }
 
 static void max_backward_row(const pool_element *e, int64_t r) {
@@ -286,14 +318,13 @@ static bool are_maps(const device_array *a, const device_array *b) {
   return a->dtype == b->dtype && (a->dtype == OREPA_FLOAT32 || a->dtype == OREPA_BFLOAT16);
 }
 
-/* Every row of the map that is written goes to one thread; x is the map, y has an element for each window. */
-static device_status every_row(device_context *context, void (*row_pass)(const pool_element *, int64_t),
-                               const device_windows *windows, const device_array *into, const device_array *from,
-                               const device_array *indices, const device_array *y, const device_array *x) {
-  pool_plan plan;
-  if (!make_plan(context, &plan, windows, y, x))
-    return DEVICE_FAILED;
-  pool_element e = {.plan = &plan, .from = from->data, .into = into->data, .indices = indices ? indices->data : NULL};
+/* Every row of the map that is written goes to one thread; x is the map, y has an element for each window. `e` has what
+ * a pass reads and writes; scratch holds the plan. */
+static device_status every_row(void (*row_pass)(const pool_element *, int64_t), pool_element e, void *scratch,
+                               const device_windows *windows, const device_array *into, const device_array *y,
+                               const device_array *x) {
+  pool_plan plan = KERNEL(pool_plan_in)(scratch, windows, y, x);
+  e.plan = &plan;
   int64_t rows = plan.channels ? into->shape[0] * into->shape[2] : 0; /* without channels there is no memory */
 #pragma omp parallel for schedule(static) if (plan.images * plan.channels * plan.height * plan.width >= PARALLEL_FROM)
   for (int64_t r = 0; r < rows; r++)
@@ -301,18 +332,65 @@ static device_status every_row(device_context *context, void (*row_pass)(const p
   return DEVICE_DONE;
 }
 
+/* Room for the plan, and `more` bytes before it. */
+static char *scratch_for(device_context *context, size_t more, const device_array *y, const device_array *x) {
+  return context->workspace(context, more + KERNEL(pool_plan_bytes)(y, x) + 1); /* never none */
+}
+
 device_status KERNEL(max_pool_forward)(device_context *context, const device_windows *windows, const device_array *y,
-                                       const device_array *indices, const device_array *x) {
+                                       const device_array *indices, const device_array *x,
+                                       const device_prologue *prologue) {
   if (!are_maps(y, x) || (indices && indices->dtype != OREPA_INT32))
     return DEVICE_UNSUPPORTED;
-  return every_row(context, max_forward_row, windows, y, x, indices, y, x);
+  if (prologue && (prologue->scale.dtype != OREPA_FLOAT32 || prologue->shift.dtype != OREPA_FLOAT32))
+    return DEVICE_UNSUPPORTED;
+  int64_t channels = prologue ? x->shape[1] : 0;
+  size_t terms = (size_t)(2 * channels + channels % 2 * 2) * sizeof(float); /* the plan's numbers stay aligned */
+  char *scratch = scratch_for(context, terms, y, x);
+  if (!scratch)
+    return DEVICE_FAILED;
+  pool_element e = {.from = x->data, .into = y->data, .indices = indices ? indices->data : NULL};
+  if (prologue) {
+    e.scale = dense_channels(&prologue->scale, (float *)scratch);
+    e.shift = dense_channels(&prologue->shift, (float *)scratch + channels);
+    e.relu = prologue->relu;
+  }
+  return every_row(prologue ? max_forward_row_after : max_forward_row, e, scratch + terms, windows, y, y, x);
 }
 
 device_status KERNEL(max_pool_backward)(device_context *context, const device_windows *windows, const device_array *dx,
                                         const device_array *dy, const device_array *indices) {
   if (!are_maps(dx, dy) || indices->dtype != OREPA_INT32)
     return DEVICE_UNSUPPORTED;
-  return every_row(context, max_backward_row, windows, dx, dy, indices, dy, dx);
+  char *scratch = scratch_for(context, 0, dy, dx);
+  if (!scratch)
+    return DEVICE_FAILED;
+  pool_element e = {.from = dy->data, .into = dx->data, .indices = indices->data};
+  return every_row(max_backward_row, e, scratch, windows, dx, dy, dx);
+}
+
+void KERNEL(max_pool_gather)(const pool_plan *plan, const void *dy, const int32_t *indices, int64_t first,
+                             int64_t count, void *into) {
+  pool_element e = {.plan = plan, .from = dy, .into = into, .indices = (int32_t *)indices};
+  int64_t line = first / plan->width;
+  e.w = first % plan->width;
+  e.image = line / plan->height;
+  e.h = line % plan->height;
+  for (int64_t k = 0; k < count; k++, e.to += plan->channels) {
+    e.row = plan->over_row[e.h];
+    e.column = plan->over_column[e.w];
+    if (plan->half)
+      all_channels(add_if_taken, &e, plan->channels, true);
+    else
+      all_channels(add_if_taken, &e, plan->channels, false);
+    if (++e.w < plan->width)
+      continue;
+    e.w = 0;
+    if (++e.h == plan->height) {
+      e.h = 0;
+      e.image++;
+    }
+  }
 }
 
 /* Averages are of neighbours: their windows have no dilation. */
@@ -327,7 +405,10 @@ device_status KERNEL(avg_pool_forward)(device_context *context, const device_win
   device_windows dense = average_windows(windows);
   if (!are_maps(y, x))
     return DEVICE_UNSUPPORTED;
-  return every_row(context, average_forward_row, &dense, y, x, NULL, y, x);
+  char *scratch = scratch_for(context, 0, y, x);
+  if (!scratch)
+    return DEVICE_FAILED;
+  return every_row(average_forward_row, (pool_element){.from = x->data, .into = y->data}, scratch, &dense, y, y, x);
 }
 
 device_status KERNEL(avg_pool_backward)(device_context *context, const device_windows *windows, const device_array *dx,
@@ -335,5 +416,9 @@ device_status KERNEL(avg_pool_backward)(device_context *context, const device_wi
   device_windows dense = average_windows(windows);
   if (!are_maps(dx, dy))
     return DEVICE_UNSUPPORTED;
-  return every_row(context, average_backward_row, &dense, dx, dy, NULL, dy, dx);
+  char *scratch = scratch_for(context, 0, dy, dx);
+  if (!scratch)
+    return DEVICE_FAILED;
+  return every_row(average_backward_row, (pool_element){.from = dy->data, .into = dx->data}, scratch, &dense, dx, dy,
+                   dx);
 }
