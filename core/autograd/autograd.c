@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "elementwise.h"
+#include "ops/gradient_promise.h"
 
 static _Thread_local bool grad_enabled = true;
 static atomic_ullong nodes_made;
@@ -185,10 +186,21 @@ static bool is_own(orepa_tensor *t) {
   return atomic_load(&t->references) == 1 && atomic_load(&t->storage->references) == 1 && orepa_is_contiguous(t);
 }
 
-/* *sum += g, taking g's reference. */
-static int accumulate(orepa_tensor **sum, orepa_tensor *g) {
+/* *sum += g, taking g's reference; it may wait until the sum is read. */
+static int accumulate(orepa_tensor **sum, orepa_tensor *g, bool may_wait) {
   if (!*sum) {
     *sum = g;
+    return 0;
+  }
+  orepa_tensor *waiting = NULL;
+  if (may_wait && gradient_promise_sum(*sum, g, &waiting)) {
+    orepa_release(g);
+    return -1;
+  }
+  if (waiting) {
+    orepa_release(*sum);
+    orepa_release(g);
+    *sum = waiting;
     return 0;
   }
   if (is_own(*sum)) {
@@ -232,8 +244,12 @@ static int accumulate_leaf(orepa_tensor *leaf, orepa_tensor *g) {
     g = own;
   }
   if (!leaf->grad) {
-    leaf->grad = g;
-    return 0;
+    int failed = tensor_materialize(g);
+    if (failed)
+      orepa_release(g);
+    else
+      leaf->grad = g;
+    return failed;
   }
   orepa_operand operands[2] = {{.tensor = leaf->grad}, {.tensor = g}};
   int failed = orepa_apply_in_place(FUNCTION_add, operands);
@@ -266,7 +282,7 @@ static int visit(autograd_node *node, node_heap *heap, bool retain_graph) {
       failed = accumulate_leaf(edge->leaf, dx[k]);
     } else {
       bool first = !edge->node->gradient;
-      failed = accumulate(&edge->node->gradient, dx[k]);
+      failed = accumulate(&edge->node->gradient, dx[k], edge->node->takes_sums);
       if (!failed && first)
         failed = heap_push(heap, edge->node);
     }

@@ -42,6 +42,7 @@ struct autograd_node {
   orepa_tensor *gradient; /* while a backward pass is under way */
   autograd_node *next;    /* in the list of nodes being freed */
   bool used;              /* by a backward pass that freed it */
+  bool takes_sums;        /* its backward makes good use of a gradient that is promised to be a sum; the op says so */
   void *payload;
 };
 

@@ -1,7 +1,7 @@
 /* conv.c: two-dimensional convolution in its three directions. */
 #include <stdio.h>
 
-#include "ops/ops.h"
+#include "ops/norm_promise.h"
 
 /* ---- shape ---- */
 
@@ -71,52 +71,21 @@ static void pair_text(char text[40], const char *name, const int64_t pair[2]) {
     snprintf(text, 40, " %s %lld", name, (long long)pair[0]);
 }
 
-static void note_geometry(const orepa_conv *c, const device_array *x, const device_array *w) {
+/* Stands directly before its DISPATCH: the note goes with the next call. */
+static int note_geometry(const orepa_conv *c, const orepa_tensor *x, const orepa_tensor *w) {
   char stride[40], dilation[40], groups[40];
   if (!timings_wanted())
-    return;
+    return 0;
   pair_text(stride, "stride", c->stride);
   pair_text(dilation, "dilation", c->dilation);
   pair_text(groups, "groups", (int64_t[2]){c->groups, c->groups});
   timings_detail("%lldx%lld%s%s%s, %lld -> %lld, %lldx%lld", (long long)w->shape[2], (long long)w->shape[3], stride,
                  dilation, groups, (long long)x->shape[1], (long long)w->shape[0], (long long)x->shape[2],
                  (long long)x->shape[3]);
+  return 0;
 }
 
-/* ---- backward ---- */
-
-static int conv_backward(autograd_node *node, orepa_tensor *given, orepa_tensor **dx) {
-  const orepa_conv *conv = node->payload;
-  const orepa_device *device = given->storage->device;
-  device_array x, w, dy, to, to_bias;
-  orepa_tensor *saved_x = autograd_saved_tensor(node, 0), *saved_w = saved_x ? autograd_saved_tensor(node, 1) : NULL;
-  orepa_tensor *dense = saved_w ? op_dense(given) : NULL;
-  int failed = !dense || tensor_reads(saved_x, &x) || tensor_reads(saved_w, &w) || tensor_reads(dense, &dy);
-  if (!failed && autograd_needs(node, 0)) {
-    failed = !(dx[0] = tensor_like(saved_x)) || tensor_writes(dx[0], &to) ||
-             (note_geometry(conv, &x, &w),
-              DISPATCH("conv2d's data gradient", x.dtype, device, conv_backward_data, conv, &to, &dy, &w));
-  }
-  if (!failed && autograd_needs(node, 2)) {
-    failed = !(dx[2] = tensor_new(dense->dtype, device, 1, &w.shape[0])) || tensor_writes(dx[2], &to_bias);
-  }
-  if (!failed && (autograd_needs(node, 1) || dx[2])) {
-    orepa_tensor *dw = tensor_like(saved_w);
-    failed = !dw || tensor_writes(dw, &to) ||
-             (note_geometry(conv, &x, &w), DISPATCH("conv2d's weight gradient", x.dtype, device, conv_backward_weight,
-                                                    conv, &to, dx[2] ? &to_bias : NULL, &x, &dy, NULL));
-    if (!failed && autograd_needs(node, 1))
-      dx[1] = dw;
-    else
-      orepa_release(dw);
-  }
-  orepa_release(dense);
-  return failed ? -1 : 0;
-}
-
-static const autograd_op conv_op = {"conv2d", conv_backward, NULL};
-
-/* ---- forward ---- */
+/* ---- what the device fuses ---- */
 
 static device_conv_fusion fusion_of(const orepa_conv *conv, const orepa_tensor *y, const orepa_tensor *x,
                                     const orepa_tensor *w) {
@@ -130,6 +99,56 @@ static device_conv_fusion fusion_of(const orepa_conv *conv, const orepa_tensor *
   return device->conv_fusion(device_context_of(device), conv, &arrays[0], &arrays[1], &arrays[2]);
 }
 
+/* A convolution's input as its kernel takes it: the map, or what would become the map and how. */
+typedef struct {
+  device_array map;
+  device_prologue terms, *prologue; /* NULL: the map as it is */
+} conv_input;
+
+/* A promised input stays promised where the device normalises it in the same pass. */
+static int input_reads(orepa_tensor *x, bool fused, conv_input *input) {
+  const norm_promise *p = fused ? norm_promise_prologue(x) : NULL;
+  input->prologue = p ? &input->terms : NULL;
+  return p ? norm_promise_reads(p, &input->map, &input->terms) : tensor_reads(x, &input->map);
+}
+
+/* ---- backward ---- */
+
+static int conv_backward(autograd_node *node, orepa_tensor *given, orepa_tensor **dx) {
+  const orepa_conv *conv = node->payload;
+  const orepa_device *device = given->storage->device;
+  device_array w, dy, to, to_bias;
+  conv_input x;
+  orepa_tensor *saved_x = autograd_saved_tensor(node, 0), *saved_w = saved_x ? autograd_saved_tensor(node, 1) : NULL;
+  orepa_tensor *dense = saved_w ? op_dense(given) : NULL;
+  int failed = !dense || tensor_reads(saved_w, &w) || tensor_reads(dense, &dy);
+  if (!failed && autograd_needs(node, 0)) {
+    failed = !(dx[0] = tensor_like(saved_x)) || tensor_writes(dx[0], &to) || note_geometry(conv, saved_x, saved_w) ||
+             DISPATCH("conv2d's data gradient", saved_x->dtype, device, conv_backward_data, conv, &to, &dy, &w);
+  }
+  if (!failed && autograd_needs(node, 2)) {
+    failed = !(dx[2] = tensor_new(dense->dtype, device, 1, &w.shape[0])) || tensor_writes(dx[2], &to_bias);
+  }
+  if (!failed && (autograd_needs(node, 1) || dx[2])) {
+    orepa_tensor *dw = tensor_like(saved_w);
+    failed = !dw || tensor_writes(dw, &to) ||
+             input_reads(saved_x, fusion_of(conv, dense, saved_x, saved_w).weight_prologue, &x) ||
+             note_geometry(conv, saved_x, saved_w) ||
+             DISPATCH("conv2d's weight gradient", saved_x->dtype, device, conv_backward_weight, conv, &to,
+                      dx[2] ? &to_bias : NULL, &x.map, &dy, x.prologue);
+    if (!failed && autograd_needs(node, 1))
+      dx[1] = dw;
+    else
+      orepa_release(dw);
+  }
+  orepa_release(dense);
+  return failed ? -1 : 0;
+}
+
+static const autograd_op conv_op = {"conv2d", conv_backward, NULL};
+
+/* ---- forward ---- */
+
 /* Room for the moments of y, which the next norm will want. */
 static orepa_tensor *new_moments(const orepa_tensor *y) {
   int64_t rows = y->shape[0] * y->shape[2] * y->shape[3], shape[3] = {moments_chunks(rows), 4, y->shape[1]};
@@ -141,14 +160,16 @@ static orepa_tensor *conv_forward(orepa_tensor *x, orepa_tensor *w, orepa_tensor
   orepa_tensor *y = tensor_new(x->dtype, x->storage->device, 4, shape);
   if (!y)
     return NULL;
-  device_array from, kernel, added, to, partial;
-  bool measures = orepa_grad_enabled() && orepa_count(y) && fusion_of(conv, y, x, w).moments;
+  device_array kernel, added, to, partial;
+  conv_input from;
+  const device_conv_fusion fusion = fusion_of(conv, y, x, w);
+  bool measures = orepa_grad_enabled() && orepa_count(y) && fusion.moments;
   orepa_tensor *moments = measures ? new_moments(y) : NULL;
   int failed = (measures && (!moments || tensor_writes(moments, &partial))) || tensor_materialize(y) ||
-               tensor_reads(x, &from) || tensor_reads(w, &kernel) || (bias && tensor_reads(bias, &added)) ||
-               tensor_writes(y, &to) || (note_geometry(conv, &from, &kernel), false) ||
-               DISPATCH("conv2d", x->dtype, x->storage->device, conv_forward, conv, &to, &from, &kernel,
-                        bias ? &added : NULL, NULL, measures ? &partial : NULL);
+               input_reads(x, fusion.prologue, &from) || tensor_reads(w, &kernel) ||
+               (bias && tensor_reads(bias, &added)) || tensor_writes(y, &to) || note_geometry(conv, x, w) ||
+               DISPATCH("conv2d", x->dtype, x->storage->device, conv_forward, conv, &to, &from.map, &kernel,
+                        bias ? &added : NULL, from.prologue, measures ? &partial : NULL);
   if (!failed && measures)
     tensor_keep_moments(y, moments);
   orepa_release(moments);

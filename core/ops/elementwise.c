@@ -1,5 +1,5 @@
 /* elementwise.c: every function of elementwise.h as an op: broadcasting, types, the call, the gradient. */
-#include "ops/ops.h"
+#include "ops/norm_promise.h"
 
 #include <string.h>
 
@@ -255,9 +255,16 @@ static int record(orepa_function f, const orepa_operand *operands, orepa_tensor 
 
 orepa_tensor *orepa_apply(orepa_function f, const orepa_operand *operands) {
   elementwise_plan plan;
-  if (make_plan(f, operands, &plan))
+  orepa_tensor *y;
+  if (make_plan(f, operands, &plan) || norm_promise_extend(f, operands, &y))
     return NULL;
-  orepa_tensor *y = tensor_new(plan.result, plan.device, plan.rank, plan.shape);
+  if (y) { /* it waits */
+    bool relu = f == FUNCTION_relu;
+    int failed = relu ? norm_promise_record_relu(operands[0].tensor, y)
+                      : record(f, operands, operands[0].tensor, plan.compute, y);
+    return failed ? tensor_fail(y) : y;
+  }
+  y = tensor_new(plan.result, plan.device, plan.rank, plan.shape);
   if (!y)
     return NULL;
   if (run(f, 0, y, functions[f].operands, operands, plan.compute) ||

@@ -1,6 +1,7 @@
 /* norm.c: batch norm: by the batch's statistics with running ones kept, or by the running ones (evaluation, or frozen
  * inside a network that trains, where it is an affine op with gradients). */
-#include "ops/ops.h"
+#include "ops/gradient_promise.h"
+#include "ops/norm_promise.h"
 
 /* Small tensors over channels that a norm makes: statistics, and the map y -> scale*y + shift that they amount to. */
 typedef struct {
@@ -113,16 +114,20 @@ static int norm_backward(autograd_node *node, orepa_tensor *given, orepa_tensor 
   orepa_tensor *weight = inverse && weighted ? autograd_saved_tensor(node, 3) : NULL;
   if (!inverse || (weighted && !weight))
     return -1;
-  device_array from, m, s, w, dy, to[3];
-  orepa_tensor *dense = op_dense(given);
-  int failed = !dense || tensor_reads(dense, &dy) || tensor_reads(x, &from) || tensor_reads(mean, &m) ||
+  device_array from, m, s, w, to[3];
+  gradient_arrays arriving;
+  orepa_tensor *dense = orepa_is_contiguous(given) ? NULL : op_dense(given), *dy = dense ? dense : given;
+  int failed = (!dense && !orepa_is_contiguous(given)) || tensor_reads(x, &from) || tensor_reads(mean, &m) ||
                tensor_reads(inverse, &s) || (weight && tensor_reads(weight, &w));
   for (int k = 0; k < 3 && !failed; k++)
     if (autograd_needs(node, k))
       failed = !(dx[k] = tensor_like(k ? mean : x)) || tensor_writes(dx[k], &to[k]);
-  failed = failed || DISPATCH("batch_norm's gradient", x->dtype, device, norm_backward, *batch_statistics,
-                              dx[0] ? &to[0] : NULL, dx[1] ? &to[1] : NULL, dx[2] ? &to[2] : NULL,
-                              &(device_gradient){.dy = &dy}, &from, &m, &s, weight ? &w : NULL);
+  if (!failed && !(failed = gradient_reads(dy, x, &arriving))) {
+    failed =
+        DISPATCH("batch_norm's gradient", x->dtype, device, norm_backward, *batch_statistics, dx[0] ? &to[0] : NULL,
+                 dx[1] ? &to[1] : NULL, dx[2] ? &to[2] : NULL, &arriving.gradient, &from, &m, &s, weight ? &w : NULL);
+    gradient_end(&arriving, !failed);
+  }
   orepa_release(dense);
   return failed ? -1 : 0;
 }
@@ -131,17 +136,10 @@ static const autograd_op norm_op = {"batch_norm", norm_backward, NULL};
 
 /* ---- forward ---- */
 
+/* The map, which waits if it may. */
 static orepa_tensor *apply(orepa_tensor *x, const norm_channels *c) {
-  orepa_tensor *y = tensor_like(x);
-  device_array from, scale, shift, to;
-  if (!y)
-    return NULL;
-  if (tensor_writes(y, &to) || tensor_reads(x, &from) || tensor_reads(c->scale, &scale) ||
-      tensor_reads(c->shift, &shift) ||
-      DISPATCH("batch_norm", x->dtype, x->storage->device, norm_apply, &to, &from, &scale, &shift, NULL, NULL, NULL,
-               false))
-    return tensor_fail(y);
-  return y;
+  orepa_tensor *y = tensor_materialize(x) ? NULL : norm_promise_new(x, c->scale, c->shift);
+  return y && !promises_made() && tensor_materialize(y) ? tensor_fail(y) : y;
 }
 
 orepa_tensor *orepa_batch_norm(orepa_tensor *given, orepa_tensor *weight, orepa_tensor *bias,
@@ -169,6 +167,7 @@ orepa_tensor *orepa_batch_norm(orepa_tensor *given, orepa_tensor *weight, orepa_
     y = tensor_fail(y);
   if (node) {
     *(bool *)node->payload = norm->training;
+    node->takes_sums = true;
     autograd_save(node, 0, x);
     autograd_save(node, 1, c.mean);
     autograd_save(node, 2, c.inverse);

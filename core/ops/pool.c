@@ -1,5 +1,6 @@
 /* pool.c: maximum and average over windows, regular or adaptive. */
-#include "ops/ops.h"
+#include "ops/gradient_promise.h"
+#include "ops/norm_promise.h"
 
 /* ---- shape ---- */
 
@@ -51,12 +52,18 @@ static int adaptive_shape(const char *op, const orepa_tensor *x, int64_t height,
 typedef struct {
   device_windows windows;
   int64_t shape[4];
+  bool behind_norm; /* the input was promised: so is its gradient */
 } pool_payload;
 
 static int max_pool_backward(autograd_node *node, orepa_tensor *given, orepa_tensor **dx) {
   const pool_payload *p = node->payload;
   const orepa_device *device = given->storage->device;
   orepa_tensor *indices = autograd_saved_tensor(node, 0), *dense = indices ? op_dense(given) : NULL;
+  if (dense && p->behind_norm && promises_made()) {
+    dx[0] = gradient_promise_pool(dense, indices, &p->windows, p->shape);
+    orepa_release(dense);
+    return dx[0] ? 0 : -1;
+  }
   device_array from, where, to;
   int failed =
       !dense || tensor_reads(dense, &from) || tensor_reads(indices, &where) ||
@@ -73,18 +80,22 @@ static orepa_tensor *max_pool(orepa_tensor *given, const device_windows *windows
   bool recorded = autograd_wanted(&given, 1);
   orepa_tensor *x = op_dense(given), *y = x ? tensor_new(x->dtype, device, 4, shape) : NULL;
   orepa_tensor *indices = y && recorded ? tensor_new(OREPA_INT32, device, 4, shape) : NULL;
+  const norm_promise *promised = x ? norm_promise_prologue(x) : NULL;
   device_array from, to, where;
+  device_prologue prologue;
   autograd_node *node = NULL;
-  int failed =
-      !y || (recorded && (!indices || tensor_writes(indices, &where))) || tensor_reads(x, &from) ||
-      tensor_writes(y, &to) ||
-      DISPATCH("max_pool2d", x->dtype, device, max_pool_forward, windows, &to, recorded ? &where : NULL, &from, NULL) ||
-      autograd_record(&max_pool_op, y, &given, 1, 1, sizeof(pool_payload), &node);
+  int failed = !y || (recorded && (!indices || tensor_writes(indices, &where))) ||
+               (promised ? norm_promise_reads(promised, &from, &prologue) : tensor_reads(x, &from)) ||
+               tensor_writes(y, &to) ||
+               DISPATCH("max_pool2d", x->dtype, device, max_pool_forward, windows, &to, recorded ? &where : NULL, &from,
+                        promised ? &prologue : NULL) ||
+               autograd_record(&max_pool_op, y, &given, 1, 1, sizeof(pool_payload), &node);
   if (node) {
     pool_payload *p = node->payload;
     p->windows = *windows;
     for (int d = 0; d < 4; d++)
       p->shape[d] = given->shape[d];
+    p->behind_norm = promised != NULL;
     autograd_save(node, 0, indices);
   }
   orepa_release(indices);

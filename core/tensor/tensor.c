@@ -8,6 +8,7 @@
 
 #include "autograd/autograd.h"
 #include "dtype.h"
+#include "tensor/promise.h"
 
 /* ---- types ---- */
 
@@ -184,6 +185,8 @@ orepa_tensor *orepa_retain(orepa_tensor *t) {
 static void storage_release(tensor_storage *storage) {
   if (atomic_fetch_sub_explicit(&storage->references, 1, memory_order_acq_rel) != 1)
     return;
+  if (storage->promise)
+    promise_free(storage->promise);
   orepa_release(storage->moments);
   allocator_put(storage->device, storage->memory, storage->bytes);
   free(storage);
@@ -208,6 +211,8 @@ void orepa_release(orepa_tensor *t) {
 /* ---- the two doors ---- */
 
 static int storage_fill(tensor_storage *storage) {
+  if (storage->promise)
+    return promise_fill(storage->promise);
   if (storage->memory || !storage->bytes)
     return 0;
   storage->memory = allocator_get(storage->device, storage->bytes);
@@ -237,9 +242,10 @@ int tensor_reads(orepa_tensor *t, device_array *array) {
 }
 
 int tensor_writes(orepa_tensor *t, device_array *array) {
-  if (storage_fill(t->storage))
+  tensor_storage *storage = t->storage;
+  if (storage_fill(storage) || promise_fill_readers(storage))
     return -1;
-  t->storage->version++;
+  storage->version++;
   array_of(t, array);
   return 0;
 }

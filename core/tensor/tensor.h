@@ -2,7 +2,8 @@
  *
  * A storage is memory with a version. Kernels reach it through two doors only: tensor_reads, which makes a tensor a
  * kernel's argument, and tensor_writes, which does so for writing and counts the write. A storage has a size from the
- * start and gets its memory at the first door. */
+ * start and gets its memory at the first door; one that is promised (promise.h) is filled there as well, and before a
+ * write everything that was promised of the storage. */
 #ifndef OREPA_CORE_TENSOR_H
 #define OREPA_CORE_TENSOR_H
 
@@ -13,6 +14,8 @@
 #include "orepa.h"
 
 typedef struct autograd_node autograd_node;
+typedef struct promise promise; /* promise.h */
+typedef struct promise_reader promise_reader;
 
 typedef struct {
   atomic_int references;
@@ -20,7 +23,9 @@ typedef struct {
   size_t bytes;
   void *memory; /* NULL until it is needed */
   uint64_t version;
-  orepa_tensor *moments; /* of the map that it holds, taken while it was written (device.h); NULL: none */
+  promise *promise;        /* what would fill it; NULL: nothing, or it is filled */
+  promise_reader *readers; /* the promises that read it */
+  orepa_tensor *moments;   /* of the map that it holds, taken while it was written (device.h); NULL: none */
   uint64_t moments_version;
   bool viewed_in_graph; /* a view of it was made while a graph was recorded: in-place ops with gradients are refused */
 } tensor_storage;
@@ -38,7 +43,7 @@ struct orepa_tensor {
   orepa_tensor *grad;
 };
 
-/* ---- the two doors: 0, or -1 where there is no memory */
+/* ---- the two doors: 0, or -1 with a message where there is no memory, and nothing has changed */
 int tensor_reads(orepa_tensor *t, device_array *array);
 int tensor_writes(orepa_tensor *t, device_array *array);
 
@@ -59,7 +64,7 @@ orepa_tensor *tensor_like(const orepa_tensor *t); /* type, device, shape */
 orepa_tensor *tensor_alias(orepa_tensor *t, int rank, const int64_t *shape, const int64_t *strides, int64_t offset);
 /* Drops the reference and returns NULL: `return tensor_fail(y);` */
 orepa_tensor *tensor_fail(orepa_tensor *t);
-/* Allocates the memory of a storage now, so that nothing fails later. */
+/* Gets the memory of a storage now, and fills it if it is promised, so that nothing fails later. */
 int tensor_materialize(orepa_tensor *t);
 
 /* ---- geometry */

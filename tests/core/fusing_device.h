@@ -7,6 +7,7 @@
 
 typedef struct {
   int moments; /* passes over a map for its moments, those that convolutions make among them */
+  int maps;    /* maps that norm_apply stored, those that convolutions make among them */
 } fusing_counts;
 
 static fusing_counts asked;
@@ -24,12 +25,20 @@ static device_status fusing_norm_moments(device_context *context, const device_a
   return cpu_device()->norm_moments(context, moments, x);
 }
 
+static device_status fusing_norm_apply(device_context *context, const device_array *z, const device_array *y,
+                                       const device_array *scale, const device_array *shift, const device_array *r,
+                                       const device_array *r_scale, const device_array *r_shift, bool relu) {
+  asked.maps++;
+  return cpu_device()->norm_apply(context, z, y, scale, shift, r, r_scale, r_shift, relu);
+}
+
 static const orepa_device *fusing_device(void) {
   if (!fusing_table.version) {
     fusing_table = *cpu_device();
     fusing_table.name = "fusing";
     fusing_table.conv_fusion = fusing_conv_fusion;
     fusing_table.norm_moments = fusing_norm_moments;
+    fusing_table.norm_apply = fusing_norm_apply;
   }
   return &fusing_table;
 }
