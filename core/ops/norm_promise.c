@@ -68,7 +68,21 @@ static orepa_tensor *promised(const norm_promise *terms) {
   return z;
 }
 
+/* Whether the device normalises maps of this type at all: asked with a map of no rows, so that the error is the norm's
+ * and not its reader's. */
+static int check_type(orepa_tensor *y, orepa_tensor *scale, orepa_tensor *shift) {
+  device_array map, factor, added;
+  if (tensor_reads(scale, &factor) || tensor_reads(shift, &added))
+    return -1;
+  tensor_outline(y, &map);
+  map.shape[0] = 0;
+  return DISPATCH("batch_norm", y->dtype, y->storage->device, norm_apply, &map, &map, &factor, &added, NULL, NULL, NULL,
+                  false);
+}
+
 orepa_tensor *norm_promise_new(orepa_tensor *y, orepa_tensor *scale, orepa_tensor *shift) {
+  if (check_type(y, scale, shift))
+    return NULL;
   return promised(&(norm_promise){.y = y, .scale = scale, .shift = shift});
 }
 

@@ -215,41 +215,45 @@ typedef struct {
   float *gain, *slope, *level; /* (C) */
 } gradient_terms;
 
-static ALWAYS_INLINE void gradient_line(void *restrict dx, const void *restrict dy, const void *restrict x,
-                                        int64_t offset, int64_t width, const float *restrict mean,
-                                        const float *restrict gain, const float *restrict slope,
-                                        const float *restrict level, const bool half) {
-  for (int64_t c = 0; c < width; c++) {
-    float rest = slope[c] * (load_float(x, offset + c, half) - mean[c]) + level[c];
-    store_float(dx, offset + c, gain[c] * load_float(dy, offset + c, half) + rest, half);
-  }
-}
-
-static ALWAYS_INLINE void scaled_line(void *restrict dx, const void *restrict dy, int64_t offset, int64_t width,
-                                      const float *restrict gain, const bool half) {
-  for (int64_t c = 0; c < width; c++)
-    store_float(dx, offset + c, gain[c] * load_float(dy, offset + c, half), half);
-}
-
 /* Lines of the terms for a run's channels. */
 typedef struct {
   const float *mean, *gain, *slope, *level;
 } term_lines;
 
-/* A block; x NULL: slope and level are zero. */
-static void gradient_block(void *dx, const void *dy, const void *x, int64_t elements, int64_t width,
-                           const term_lines *t, bool half) {
-  for (int64_t offset = 0; offset < elements; offset += width) {
-    int64_t count = elements - offset < width ? elements - offset : width;
-    if (x && half)
-      gradient_line(dx, dy, x, offset, count, t->mean, t->gain, t->slope, t->level, true);
-    else if (x)
-      gradient_line(dx, dy, x, offset, count, t->mean, t->gain, t->slope, t->level, false);
-    else if (half)
-      scaled_line(dx, dy, offset, count, t->gain, true);
-    else
-      scaled_line(dx, dy, offset, count, t->gain, false);
+/* A number of lines. Without `centered` slope and level are zero. */
+static ALWAYS_INLINE void gradient_lines(void *restrict dx, const void *restrict dy, const void *restrict x,
+                                         int64_t offset, int64_t width, const term_lines t, const int lines,
+                                         const bool half, const bool centered) {
+  const float *restrict mean = t.mean, *restrict gain = t.gain, *restrict slope = t.slope, *restrict level = t.level;
+  for (int64_t c = 0; c < width; c++) {
+#pragma GCC unroll 4
+    for (int l = 0; l < lines; l++) {
+      int64_t k = offset + l * width + c;
+      float rest = centered ? slope[c] * (load_float(x, k, half) - mean[c]) + level[c] : 0;
+      store_float(dx, k, gain[c] * load_float(dy, k, half) + rest, half);
+    }
   }
+}
+
+static ALWAYS_INLINE void all_gradient_lines(void *dx, const void *dy, const void *x, int64_t elements, int64_t width,
+                                             const term_lines t, const bool half, const bool centered) {
+  int64_t offset = 0;
+  for (; offset + 4 * width <= elements; offset += 4 * width)
+    gradient_lines(dx, dy, x, offset, width, t, 4, half, centered);
+  for (; offset < elements; offset += width)
+    gradient_lines(dx, dy, x, offset, elements - offset < width ? elements - offset : width, t, 1, half, centered);
+}
+
+static void gradient_block(void *dx, const void *dy, const void *x, int64_t elements, int64_t width,
+                           const term_lines *t, bool half, bool centered) {
+  if (half && centered)
+    all_gradient_lines(dx, dy, x, elements, width, *t, true, true);
+  else if (half)
+    all_gradient_lines(dx, dy, x, elements, width, *t, true, false);
+  else if (centered)
+    all_gradient_lines(dx, dy, x, elements, width, *t, false, true);
+  else
+    all_gradient_lines(dx, dy, x, elements, width, *t, false, false);
 }
 
 static void gradient_run(const row_layout *m, row_run run, void *dx, const gradient_source *g, bool batch_statistics,
@@ -265,8 +269,8 @@ static void gradient_run(const row_layout *m, row_run run, void *dx, const gradi
   for (int64_t k = 0; k < w.elements; k += w.block) {
     int64_t count = w.elements - k < w.block ? w.elements - k : w.block, offset = run.offset + k;
     const void *dy = gradient_at(g, m, offset, count, w.width, scale, shift, buffer);
-    gradient_block((void *)element(dx, offset, m->half), dy, batch_statistics ? element(g->x, offset, m->half) : NULL,
-                   count, w.width, &t, m->half);
+    gradient_block((void *)element(dx, offset, m->half), dy, element(g->x, offset, m->half), count, w.width, &t,
+                   m->half, batch_statistics);
   }
 }
 
