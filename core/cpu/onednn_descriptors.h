@@ -46,6 +46,8 @@ typedef struct {
 dnnl_status_t onednn_describe_conv(const onednn_library *library, conv_direction direction,
                                    const onednn_conv_layouts *layouts, const_dnnl_primitive_desc_t forward,
                                    dnnl_primitive_desc_t *desc);
+/* Whether the library gets this one wrong when it runs this implementation. */
+bool onednn_conv_is_wrong(conv_direction direction, const onednn_conv_layouts *layouts, const char *implementation);
 /* c (batch, m, n) = a (batch or 1, m, k) . b (batch or 1, k, n) + bias (1, 1, n) or NULL */
 dnnl_status_t onednn_describe_product(const onednn_library *library, onednn_layout a, onednn_layout b,
                                       onednn_layout bias, onednn_layout c, dnnl_primitive_desc_t *desc);

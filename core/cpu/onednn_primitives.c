@@ -134,10 +134,9 @@ static dnnl_status_t make_described(onednn_primitive *p, const onednn_library *l
   const onednn_conv_layouts *l = &d->layouts;
   ONEDNN_TRY(describe_primitive(p, library, direction, l));
   ONEDNN_TRY(make_primitive(p, library, g->dtype == OREPA_FLOAT32));
-  bool dilated = g->dilation[0] > 1 || g->dilation[1] > 1;
+  if (onednn_conv_is_wrong(direction, l, p->implementation))
+    return dnnl_unimplemented;
   p->unpacks = direction == CONV_BACKWARD_WEIGHT;
-  if (p->unpacks && dilated && strstr(p->implementation, "amx"))
-    return dnnl_unimplemented; /* wrong in 2.6.3 */
   onednn_layout wanted =
       dnnl_primitive_desc_query_md(p->desc, p->unpacks ? dnnl_query_diff_weights_md : dnnl_query_weights_md, 0);
   ONEDNN_TRY(make_packing(p, library, d->kernel, wanted));
@@ -176,6 +175,8 @@ static dnnl_status_t describe_operands(const onednn_matmul_shape *s, bool has_bi
   int64_t b_strides[] = {s->b_strides[0] ? s->b_strides[0] : s->k * s->n, s->b_strides[1], s->b_strides[2]};
   if (s->batch > a_shape[0] && s->batch > b_shape[0])
     return dnnl_unimplemented; /* the library repeats one side only */
+  if (s->m == 1 && s->k > 1 && s->a_strides[2] > 1)
+    return dnnl_unimplemented; /* version 3.7 reads a row with gaps as if it had none */
   ONEDNN_TRY(onednn_layout_new(&d->a, s->dtype, 3, a_shape, a_strides));
   ONEDNN_TRY(onednn_layout_new(&d->b, s->dtype, 3, b_shape, b_strides));
   ONEDNN_TRY(

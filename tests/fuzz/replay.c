@@ -111,12 +111,13 @@ static size_t below(size_t limit) {
 
 /* Replaces `old` bytes at a position by others; nothing where there is no room. */
 static void replace(size_t at, size_t old, const uint8_t *bytes, size_t size) {
-  if (input.size - old + size > ROOM)
+  size_t rest = input.size - at - old;
+  if (at + size > ROOM || rest > ROOM - at - size)
     return;
-  memmove(input.bytes + at + size, input.bytes + at + old, input.size - at - old);
+  memmove(input.bytes + at + size, input.bytes + at + old, rest);
   if (size)
     memcpy(input.bytes + at, bytes, size);
-  input.size += size - old;
+  input.size = at + size + rest;
 }
 
 static void flip_bit(void) {
