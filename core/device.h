@@ -131,6 +131,9 @@ struct orepa_device {
   /* ---- order: NULL where work is done when the call returns */
   device_status (*synchronize)(device_context *);
 
+  /* Whether bfloat16 is computed faster than float32; NULL: no. */
+  bool (*bfloat16_pays)(device_context *);
+
   /* ---- copies */
   /* Equal shapes; converts: to nearest even between floats, toward zero from floats to integers (saturating, NaN is 0).
    */
@@ -167,7 +170,8 @@ struct orepa_device {
                                 const device_array *moments);
   device_status (*conv_backward_data)(device_context *, const orepa_conv *, const device_array *dx,
                                       const device_array *dy, const device_array *w);
-  /* dbias may be NULL. The prologue is that of the forward pass, x its input. */
+  /* dbias may be NULL. The prologue is that of the forward pass, x its input. dw and dbias may be float32 beside
+   * bfloat16 maps. */
   device_status (*conv_backward_weight)(device_context *, const orepa_conv *, const device_array *dw,
                                         const device_array *dbias, const device_array *x, const device_array *dy,
                                         const device_prologue *prologue);

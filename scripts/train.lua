@@ -26,6 +26,8 @@ parser:option("--padding", "random crops of images padded by this many pixels", 
 parser:option("--held-out", "training images held out for validation", 5000):convert(math.tointeger)
 parser:option("--seed", "seed of weights and order", 1):convert(math.tointeger)
 parser:option("--threads", "threads of the kernels"):convert(math.tointeger)
+parser:option("--precision", "what convolutions compute in: float32, or bf16 where the device gains by it", "float32")
+  :choices { "float32", "bf16" }
 parser:option("--device", "where it runs", "cpu")
 parser:option("--out", "folder for weights and metrics")
 parser:flag("--no-test", "don't evaluate on the test images")
@@ -73,6 +75,8 @@ local function save_metrics()
   if args.out then write_file(args.out .. "/metrics.json", cjson.encode(metrics) .. "\n") end
 end
 if args.out then make_folder(args.out) end
+
+local _ <close> = orepa.autocast(args.precision == "bf16" and "bfloat16" or "float32") -- for all that follows
 
 local history = train.fit {
   net = net, loader = batches, valid = valid, epochs = args.epochs,

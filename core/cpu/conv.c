@@ -2,7 +2,8 @@
  * it what every way needs (an input normalised first, a dense bias, empty arrays).
  *
  * The ways, for float32: by positions on small maps; Winograd's for 3x3; oneDNN's kernels; by lowering. The choice was
- * measured; `preferred` says when which is the fastest. For bfloat16: oneDNN's kernels, and float32 where it has none.
+ * measured; `preferred` says when which is the fastest. For bfloat16: oneDNN's kernels, by gathering in some
+ * weight gradients, and float32 where there is neither.
  * OREPA_CONV=winograd|direct forces Winograd's way wherever it exists, or never. */
 #include <pthread.h>
 #include <stdlib.h>
@@ -15,6 +16,7 @@
 #include "cpu/winograd.h"
 
 #define DECLARE(entry) __typeof__(*((orepa_device *)0)->entry) cpu_##entry
+DECLARE(bfloat16_pays);
 DECLARE(conv_fusion);
 DECLARE(conv_forward);
 DECLARE(conv_backward_data);
@@ -25,7 +27,7 @@ DECLARE(conv_backward_weight);
 
 static conv_geometry geometry_of(const orepa_conv *conv, const device_array *x, const device_array *w,
                                  const device_array *y) {
-  conv_geometry g = {.dtype = x->dtype, .batch = x->shape[0], .groups = conv->groups};
+  conv_geometry g = {.dtype = x->dtype, .kernel_dtype = w->dtype, .batch = x->shape[0], .groups = conv->groups};
   g.in = w->shape[1];
   g.out = w->shape[0] / conv->groups;
   for (int axis = 0; axis < 2; axis++) {
@@ -46,14 +48,21 @@ static int64_t count(const device_array *a) {
   return elements;
 }
 
+static bool is_map(const device_array *a) {
+  return a->dtype == OREPA_FLOAT32 || a->dtype == OREPA_BFLOAT16;
+}
+
 static bool supported(const device_array *x, const device_array *w, const device_array *y, const device_array *bias) {
-  return (x->dtype == OREPA_FLOAT32 || x->dtype == OREPA_BFLOAT16) && w->dtype == x->dtype && y->dtype == x->dtype &&
-         (!bias || bias->dtype == x->dtype);
+  return is_map(x) && w->dtype == x->dtype && y->dtype == x->dtype && (!bias || bias->dtype == x->dtype);
+}
+
+static bool is_gradient_of(const device_array *d, const device_array *x) {
+  return !d || d->dtype == x->dtype || d->dtype == OREPA_FLOAT32;
 }
 
 /* ---- which way ---- */
 
-typedef enum { BY_POSITIONS, BY_LOWERING, BY_ONEDNN, BY_WINOGRAD } conv_way;
+typedef enum { BY_POSITIONS, BY_LOWERING, BY_ONEDNN, BY_WINOGRAD, BY_GATHERING } conv_way;
 
 static struct {
   pthread_once_t once;
@@ -77,7 +86,7 @@ enum { LEAST_RUN = 128 /* numbers side by side in a patch, from which gathering 
  * the weight gradient, unless the patches are crumbs (first layers, depthwise). */
 static conv_way preferred(conv_direction direction, const conv_geometry *g, bool accurate) {
   if (g->dtype != OREPA_FLOAT32)
-    return BY_ONEDNN;
+    return conv_gathered_suits(direction, g) ? BY_GATHERING : BY_ONEDNN;
   if (by_winograd(direction, g, accurate))
     return BY_WINOGRAD;
   if (conv_positions_suit(direction, g))
@@ -92,6 +101,12 @@ static device_status choose(conv_direction direction, const conv_geometry *g, bo
                             conv_way *way, size_t *bytes) {
   *way = preferred(direction, g, accurate);
   *bytes = 0;
+  if (*way == BY_GATHERING) {
+    device_status status = conv_gathered_scratch(g, bytes);
+    if (status != DEVICE_UNSUPPORTED)
+      return status;
+    *way = BY_ONEDNN;
+  }
   if (*way == BY_ONEDNN) {
     device_status status = onednn_conv_scratch(direction, g, has_bias, bytes);
     if (status != DEVICE_UNSUPPORTED || g->dtype != OREPA_FLOAT32)
@@ -118,7 +133,8 @@ typedef struct {
   cpu_scratch scratch;
   size_t own, points, normal, lent, dense[3]; /* places */
   size_t lent_bytes;
-  bool widens; /* bfloat16 computed in float32: g is then that of float32 */
+  bool widens;          /* bfloat16 computed in float32: g is then that of float32 */
+  int64_t kernel_dtype; /* as given */
   size_t wide_x, wide_w, wide_y, wide_bias;
   void *x, *w, *y;
   const void *bias;
@@ -173,12 +189,13 @@ static void plan_lent(conv_work *c, int64_t count) {
 
 static device_status plan(conv_work *c, bool has_bias) {
   conv_geometry given = c->g;
+  c->kernel_dtype = given.kernel_dtype;
   device_status status = plan_in_type(c, has_bias);
   if (status != DEVICE_UNSUPPORTED || given.dtype != OREPA_BFLOAT16)
     return status;
   c->widens = true;
   c->g = given;
-  c->g.dtype = OREPA_FLOAT32;
+  c->g.dtype = c->g.kernel_dtype = OREPA_FLOAT32;
   c->scratch = (cpu_scratch){0};
   c->wide_x = scratch_place(&c->scratch, (size_t)count_x(&given) * sizeof(float));
   c->wide_w = scratch_place(&c->scratch, (size_t)count_w(&given) * sizeof(float));
@@ -208,6 +225,8 @@ static device_status compute_in_type(conv_work *c) {
     status = DEVICE_DONE;
   } else if (c->way == BY_ONEDNN) {
     status = onednn_conv(c->direction, &c->g, x, c->w, c->y, c->bias, own);
+  } else if (c->way == BY_GATHERING) {
+    status = conv_gathered(&c->g, x, c->w, c->y, own);
   } else {
     conv_operands operands = {&c->g, x, c->w, c->y, c->bias};
     status = c->way == BY_POSITIONS ? conv_by_positions(c->direction, &operands, own)
@@ -232,12 +251,13 @@ static device_status compute(device_context *context, conv_work *c) {
   const conv_geometry *g = c->takes_points ? &c->seen : &c->g;
   char *memory = c->scratch.memory;
   device_context lent = scratch_lend(context, memory + c->lent, c->lent_bytes);
+  bool wide_kernel = c->kernel_dtype == OREPA_FLOAT32; /* a gradient that is float32 already */
   struct {
     bool result;
     int64_t count;
     void **place, *given, *wide;
   } all[] = {{c->direction == CONV_BACKWARD_DATA, count_x(g), &c->x, c->x, memory + c->wide_x},
-             {c->direction == CONV_BACKWARD_WEIGHT, count_w(g), &c->w, c->w, memory + c->wide_w},
+             {c->direction == CONV_BACKWARD_WEIGHT, count_w(g), &c->w, c->w, wide_kernel ? c->w : memory + c->wide_w},
              {c->direction == CONV_FORWARD, count_y(g), &c->y, c->y, memory + c->wide_y}};
   device_status status = DEVICE_DONE;
   for (int k = 0; k < 3 && status == DEVICE_DONE; k++) {
@@ -252,7 +272,7 @@ static device_status compute(device_context *context, conv_work *c) {
   if (status == DEVICE_DONE)
     status = compute_in_type(c);
   for (int k = 0; k < 3 && status == DEVICE_DONE; k++)
-    if (all[k].result)
+    if (all[k].result && all[k].wide != all[k].given)
       status = convert(&lent, all[k].count, OREPA_BFLOAT16, all[k].given, OREPA_FLOAT32, all[k].wide);
   return status;
 }
@@ -310,6 +330,11 @@ static device_status run_prologue(device_context *context, conv_work *c, const d
 }
 
 /* ---- entries ---- */
+
+bool cpu_bfloat16_pays(device_context *context) {
+  (void)context;
+  return onednn_has_tiles();
+}
 
 device_conv_fusion cpu_conv_fusion(device_context *context, const orepa_conv *conv, const device_array *y,
                                    const device_array *x, const device_array *w) {
@@ -406,7 +431,7 @@ device_status cpu_conv_backward_weight(device_context *context, const orepa_conv
                                        const device_array *dbias, const device_array *x, const device_array *dy,
                                        const device_prologue *prologue) {
   conv_work c = {.direction = CONV_BACKWARD_WEIGHT, .accurate = context->accurate, .g = geometry_of(conv, x, dw, dy)};
-  if (!supported(x, dw, dy, dbias))
+  if (!supported(x, x, dy, NULL) || !is_gradient_of(dw, x) || !is_gradient_of(dbias, x))
     return DEVICE_UNSUPPORTED;
   c.x = x->data;
   c.w = dw->data;

@@ -10,7 +10,8 @@ typedef enum { CONV_FORWARD, CONV_BACKWARD_DATA, CONV_BACKWARD_WEIGHT } conv_dir
 /* x (batch, groups*in, size), w (groups*out, in, kernel), y (batch, groups*out, result), all channels-last. Pairs are
  * height and width. All members are of one type, so that geometries compare as bytes. */
 typedef struct {
-  int64_t dtype, batch, groups, in, out; /* channels of one group */
+  int64_t dtype, kernel_dtype;    /* of the maps; of w: float32 beside bfloat16 maps in the weight gradient only */
+  int64_t batch, groups, in, out; /* channels of one group */
   int64_t size[2], kernel[2], result[2], stride[2], padding[2], dilation[2];
 } conv_geometry;
 
@@ -51,6 +52,11 @@ device_status conv_by_positions(conv_direction direction, const conv_operands *o
 /* ---- by lowering: the patches under the kernel become rows of a matrix, a few thousand at a time. Any geometry. */
 size_t conv_lowered_scratch(const conv_geometry *g);
 device_status conv_lowered(conv_direction direction, const conv_operands *operands, void *scratch);
+
+/* ---- by gathering: the weight gradient of bfloat16 maps as one product of all patches, float32 or bfloat16. */
+bool conv_gathered_suits(conv_direction direction, const conv_geometry *g);
+device_status conv_gathered_scratch(const conv_geometry *g, size_t *bytes);
+device_status conv_gathered(const conv_geometry *g, const void *x, void *dw, void *dy, void *scratch);
 
 /* ---- strided points: a 1x1 convolution with stride or padding sees some pixels only. x (batch, channels, size) to or
  * from points (batch, channels, result), elements of `bytes` bytes; spreading leaves zeros between. */

@@ -10,6 +10,7 @@
 
 /* conv.c and matmul.c; the types are those of the table's entries. */
 #define DECLARE(entry) __typeof__(*((orepa_device *)0)->entry) cpu_##entry
+DECLARE(bfloat16_pays);
 DECLARE(conv_fusion);
 DECLARE(conv_forward);
 DECLARE(conv_backward_data);
@@ -67,6 +68,7 @@ static void make_tables(void) {
                                  .available = available,
                                  .upload = transfer,
                                  .download = transfer,
+                                 .bfloat16_pays = cpu_bfloat16_pays,
                                  .matmul = cpu_matmul,
                                  .conv_fusion = cpu_conv_fusion,
                                  .conv_forward = cpu_conv_forward,

@@ -184,7 +184,8 @@ static device_status matmul_bfloat16(device_context *context, const device_array
                                      const device_array *b, const device_array *bias) {
   cpu_scratch scratch = {0};
   operand left = prepare(a, OREPA_BFLOAT16, &scratch), right = prepare(b, OREPA_BFLOAT16, &scratch);
-  onednn_matmul_shape shape = {OREPA_BFLOAT16, c->shape[0], c->shape[1], c->shape[2], a->shape[2], {0}, {0}};
+  onednn_matmul_shape shape = {OREPA_BFLOAT16, OREPA_BFLOAT16, c->shape[0], c->shape[1],
+                               c->shape[2],    a->shape[2],    {0},         {0}};
   const operand *operands[2] = {&left, &right};
   for (int k = 0; k < 2; k++) {
     const operand *o = operands[k];

@@ -37,6 +37,11 @@ const char *onednn_version(void) {
   return text;
 }
 
+bool onednn_has_tiles(void) {
+  pthread_once(&opened, open_library);
+  return (dnnl_get_effective_cpu_isa() & dnnl_cpu_isa_avx512_core_amx) == dnnl_cpu_isa_avx512_core_amx;
+}
+
 static device_status failed(const char *call, const char *what, dnnl_status_t status) {
   if (status == dnnl_success)
     return DEVICE_DONE;

@@ -8,6 +8,9 @@
 /* "2.6.3" */
 const char *onednn_version(void);
 
+/* Whether convolutions and products run on AMX tiles: without them bfloat16 is slower than float32. */
+bool onednn_has_tiles(void);
+
 /* float32, row-major, as cpu_product in matmul.h; straight to the library. */
 device_status onednn_product(bool turn_a, bool turn_b, int64_t m, int64_t n, int64_t k, const float *a, int64_t lda,
                              const float *b, int64_t ldb, float beta, float *c, int64_t ldc);
@@ -24,7 +27,8 @@ const char *onednn_conv_implementation(conv_direction direction, const conv_geom
 /* c (batch, m, n) = a (batch, m, k) . b (batch, k, n) + bias (n). Strides count elements, a batch's may be 0; c is
  * dense. */
 typedef struct {
-  int64_t dtype, batch, m, n, k;
+  int64_t dtype, result; /* types of both factors and of c */
+  int64_t batch, m, n, k;
   int64_t a_strides[3], b_strides[3];
 } onednn_matmul_shape;
 

@@ -45,7 +45,7 @@ dnnl_status_t onednn_describe_conv(const onednn_library *library, conv_direction
       : direction == CONV_BACKWARD_DATA
           ? dnnl_dilated_convolution_backward_data_desc_init(&op, dnnl_convolution_direct, l->x, l->w, l->y, l->stride,
                                                              l->dilation, l->before, l->after)
-          : dnnl_dilated_convolution_backward_weights_desc_init(&op, dnnl_convolution_direct, l->x, l->w, NULL, l->y,
+          : dnnl_dilated_convolution_backward_weights_desc_init(&op, dnnl_convolution_direct, l->x, l->dw, NULL, l->y,
                                                                 l->stride, l->dilation, l->before, l->after);
   ONEDNN_TRY(status);
   return dnnl_primitive_desc_create(desc, &op, library->attributes, library->engine, forward);
@@ -97,7 +97,7 @@ dnnl_status_t onednn_describe_conv(const onednn_library *library, conv_direction
     return dnnl_convolution_backward_data_primitive_desc_create(desc, engine, dnnl_convolution_direct, l->x, l->w, l->y,
                                                                 l->stride, l->dilation, l->before, l->after, forward,
                                                                 library->attributes);
-  return dnnl_convolution_backward_weights_primitive_desc_create(desc, engine, dnnl_convolution_direct, l->x, l->w,
+  return dnnl_convolution_backward_weights_primitive_desc_create(desc, engine, dnnl_convolution_direct, l->x, l->dw,
                                                                  NULL, l->y, l->stride, l->dilation, l->before,
                                                                  l->after, forward, library->attributes);
 }

@@ -34,10 +34,10 @@ dnnl_status_t onednn_layout_new(onednn_layout *layout, int64_t dtype, int rank, 
 /* Of one that onednn_layout_new made, or NULL; not of one that a primitive's descriptor was asked for. */
 void onednn_layout_free(onednn_layout layout);
 
-/* One convolution. x (N, C, H, W), w (O, I, H, W) or, in groups, (G, O, I, H, W), y (N, O, H, W), bias (O) or NULL;
- * dilation 0 is a kernel without holes; pixels of padding before and after the map. */
+/* One convolution. x (N, C, H, W), w and its gradient dw (O, I, H, W) or, in groups, (G, O, I, H, W), y (N, O, H, W),
+ * bias (O) or NULL; dilation 0 is a kernel without holes; pixels of padding before and after the map. */
 typedef struct {
-  onednn_layout x, w, y, bias;
+  onednn_layout x, w, dw, y, bias;
   dnnl_dims_t stride, dilation, before, after;
 } onednn_conv_layouts;
 

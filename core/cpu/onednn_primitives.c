@@ -91,12 +91,14 @@ static dnnl_status_t describe(const conv_geometry *g, bool has_bias, conv_descri
   int64_t shape[] = {g->groups, g->out, g->in, d->taps[0], d->taps[1]}, strides[] = {g->out * all, all, 1, line, g->in};
   int grouped = g->groups > 1;
   ONEDNN_TRY(onednn_layout_new(&l->w, g->dtype, 4 + grouped, shape + !grouped, NULL));
-  return onednn_layout_new(&d->kernel, g->dtype, 4 + grouped, shape + !grouped, strides + !grouped);
+  ONEDNN_TRY(onednn_layout_new(&l->dw, g->kernel_dtype, 4 + grouped, shape + !grouped, NULL));
+  return onednn_layout_new(&d->kernel, g->kernel_dtype, 4 + grouped, shape + !grouped, strides + !grouped);
 }
 
 static void free_description(conv_description *d) {
   onednn_layout_free(d->layouts.x);
   onednn_layout_free(d->layouts.w);
+  onednn_layout_free(d->layouts.dw);
   onednn_layout_free(d->layouts.y);
   onednn_layout_free(d->layouts.bias);
   onednn_layout_free(d->kernel);
@@ -145,7 +147,7 @@ static dnnl_status_t make_described(onednn_primitive *p, const onednn_library *l
   ONEDNN_TRY(add_argument(p, library, ARGUMENT_Y, y_argument[direction], l->y));
   if (l->bias)
     ONEDNN_TRY(add_argument(p, library, ARGUMENT_BIAS, DNNL_ARG_BIAS, l->bias));
-  size_t size = orepa_dtype_size((orepa_dtype)g->dtype);
+  size_t size = orepa_dtype_size((orepa_dtype)g->kernel_dtype);
   p->kernel_offset = (size_t)((d->first[0] * g->kernel[1] + d->first[1]) * g->in) * size;
   if (p->unpacks && d->taps[0] * d->taps[1] < g->kernel[0] * g->kernel[1])
     p->kernel_cleared = (size_t)(g->groups * g->out * g->in * g->kernel[0] * g->kernel[1]) * size;
@@ -180,7 +182,7 @@ static dnnl_status_t describe_operands(const onednn_matmul_shape *s, bool has_bi
   ONEDNN_TRY(onednn_layout_new(&d->a, s->dtype, 3, a_shape, a_strides));
   ONEDNN_TRY(onednn_layout_new(&d->b, s->dtype, 3, b_shape, b_strides));
   ONEDNN_TRY(
-      onednn_layout_new(&d->c, s->dtype, 3, (int64_t[]){s->batch, s->m, s->n}, (int64_t[]){s->m * s->n, s->n, 1}));
+      onednn_layout_new(&d->c, s->result, 3, (int64_t[]){s->batch, s->m, s->n}, (int64_t[]){s->m * s->n, s->n, 1}));
   if (!has_bias)
     return dnnl_success;
   return onednn_layout_new(&d->bias, s->dtype, 3, (int64_t[]){1, 1, s->n}, (int64_t[]){s->n, s->n, 1});

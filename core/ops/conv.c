@@ -114,8 +114,14 @@ static int input_reads(orepa_tensor *x, bool fused, conv_input *input) {
 
 /* ---- backward ---- */
 
+typedef struct {
+  orepa_conv conv;
+  orepa_dtype kernel, bias; /* types of their gradients */
+} conv_payload;
+
 static int conv_backward(autograd_node *node, orepa_tensor *given, orepa_tensor **dx) {
-  const orepa_conv *conv = node->payload;
+  const conv_payload *payload = node->payload;
+  const orepa_conv *conv = &payload->conv;
   const orepa_device *device = given->storage->device;
   device_array w, dy, to, to_bias;
   conv_input x;
@@ -127,10 +133,10 @@ static int conv_backward(autograd_node *node, orepa_tensor *given, orepa_tensor 
              DISPATCH("conv2d's data gradient", saved_x->dtype, device, conv_backward_data, conv, &to, &dy, &w);
   }
   if (!failed && autograd_needs(node, 2)) {
-    failed = !(dx[2] = tensor_new(dense->dtype, device, 1, &w.shape[0])) || tensor_writes(dx[2], &to_bias);
+    failed = !(dx[2] = tensor_new(payload->bias, device, 1, &w.shape[0])) || tensor_writes(dx[2], &to_bias);
   }
   if (!failed && (autograd_needs(node, 1) || dx[2])) {
-    orepa_tensor *dw = tensor_like(saved_w);
+    orepa_tensor *dw = tensor_new(payload->kernel, device, 4, saved_w->shape);
     failed = !dw || tensor_writes(dw, &to) ||
              input_reads(saved_x, fusion_of(conv, dense, saved_x, saved_w).weight_prologue, &x) ||
              note_geometry(conv, saved_x, saved_w) ||
@@ -176,7 +182,9 @@ static orepa_tensor *conv_forward(orepa_tensor *x, orepa_tensor *w, orepa_tensor
   return failed ? tensor_fail(y) : y;
 }
 
-orepa_tensor *orepa_conv2d(orepa_tensor *x, orepa_tensor *weight, orepa_tensor *bias, const orepa_conv *conv) {
+/* The payload says types of gradients that are not those of the arguments. */
+static orepa_tensor *conv2d(orepa_tensor *x, orepa_tensor *weight, orepa_tensor *bias, const conv_payload *payload) {
+  const orepa_conv *conv = &payload->conv;
   int64_t shape[4];
   if (op_same_kind("conv2d", 3, (orepa_tensor *[]){x, weight, bias}, (const char *[]){"input", "kernel", "bias"}) ||
       conv_shape(x, weight, bias, conv, shape))
@@ -186,15 +194,30 @@ orepa_tensor *orepa_conv2d(orepa_tensor *x, orepa_tensor *weight, orepa_tensor *
   autograd_node *node = NULL;
   if (dense_w && (dense_bias || !bias))
     y = conv_forward(dense_x, dense_w, dense_bias, conv, shape);
-  if (y && autograd_record(&conv_op, y, (orepa_tensor *[]){x, weight, bias}, 3, 2, sizeof *conv, &node))
+  if (y && autograd_record(&conv_op, y, (orepa_tensor *[]){x, weight, bias}, 3, 2, sizeof *payload, &node))
     y = tensor_fail(y);
   if (node) {
-    *(orepa_conv *)node->payload = *conv;
+    *(conv_payload *)node->payload = *payload;
     autograd_save(node, 0, dense_x);
     autograd_save(node, 1, dense_w);
   }
   orepa_release(dense_x);
   orepa_release(dense_w);
   orepa_release(dense_bias);
+  return y;
+}
+
+/* A cast parameter's gradient is float32 from the start, where the parameter is. */
+static orepa_dtype gradient_type(const orepa_tensor *given, const orepa_tensor *cast) {
+  return !given ? OREPA_FLOAT32 : given->dtype == OREPA_FLOAT32 ? OREPA_FLOAT32 : cast->dtype;
+}
+
+orepa_tensor *orepa_conv2d(orepa_tensor *x, orepa_tensor *weight, orepa_tensor *bias, const orepa_conv *conv) {
+  orepa_tensor *given[3] = {x, weight, bias}, *cast[3];
+  if (op_autocast(3, given, cast))
+    return NULL;
+  conv_payload payload = {*conv, gradient_type(weight, cast[1]), gradient_type(bias, cast[2])};
+  orepa_tensor *y = conv2d(cast[0], cast[1], cast[2], &payload);
+  op_release_all(3, cast);
   return y;
 }

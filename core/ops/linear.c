@@ -132,7 +132,7 @@ orepa_tensor *orepa_matmul(orepa_tensor *a, orepa_tensor *b) {
 
 /* ---- linear ---- */
 
-orepa_tensor *orepa_linear(orepa_tensor *x, orepa_tensor *weight, orepa_tensor *bias) {
+static orepa_tensor *linear(orepa_tensor *x, orepa_tensor *weight, orepa_tensor *bias) {
   if (weight->rank != 2 || x->rank < 1 || x->shape[x->rank - 1] != weight->shape[1]) {
     error_set("linear: input %s, weight %s: the last size of the input must be the weight's second",
               shape_text(x->rank, x->shape), shape_text(weight->rank, weight->shape));
@@ -156,4 +156,13 @@ orepa_tensor *orepa_linear(orepa_tensor *x, orepa_tensor *weight, orepa_tensor *
   memcpy(shape, x->shape, sizeof shape);
   shape[x->rank - 1] = out;
   return shaped(y, x->rank, shape);
+}
+
+orepa_tensor *orepa_linear(orepa_tensor *x, orepa_tensor *weight, orepa_tensor *bias) {
+  orepa_tensor *given[3] = {x, weight, bias}, *cast[3];
+  if (op_autocast(3, given, cast))
+    return NULL;
+  orepa_tensor *y = linear(cast[0], cast[1], cast[2]);
+  op_release_all(3, cast);
+  return y;
 }

@@ -37,7 +37,7 @@ static int softmax_backward(autograd_node *node, orepa_tensor *dy, orepa_tensor 
 static const autograd_op softmax_op = {"softmax", softmax_backward, NULL};
 static const autograd_op log_softmax_op = {"log_softmax", softmax_backward, NULL};
 
-static orepa_tensor *softmax(const autograd_op *op, bool log, orepa_tensor *x, int axis) {
+static orepa_tensor *softmax_in_type(const autograd_op *op, bool log, orepa_tensor *x, int axis) {
   device_array from, to;
   autograd_node *node = NULL;
   axis = shape_axis(op->name, x->rank, axis);
@@ -55,6 +55,12 @@ static orepa_tensor *softmax(const autograd_op *op, bool log, orepa_tensor *x, i
     *(softmax_payload *)node->payload = (softmax_payload){log, axis};
     autograd_save(node, 0, y);
   }
+  return y;
+}
+
+static orepa_tensor *softmax(const autograd_op *op, bool log, orepa_tensor *x, int axis) {
+  orepa_tensor *wide = op_wide(x), *y = wide ? softmax_in_type(op, log, wide, axis) : NULL;
+  orepa_release(wide);
   return y;
 }
 
@@ -153,7 +159,8 @@ static orepa_tensor *rows_that_count(orepa_tensor *loss, orepa_tensor *labels, i
 orepa_tensor *orepa_cross_entropy(orepa_tensor *logits, orepa_tensor *labels, const orepa_cross_entropy_options *o) {
   if (check_labels(logits, labels, o))
     return NULL;
-  orepa_tensor *loss = row_losses(logits, labels, o);
+  orepa_tensor *wide = op_wide(logits), *loss = wide ? row_losses(wide, labels, o) : NULL;
+  orepa_release(wide);
   if (!loss || !o->mean)
     return loss;
   orepa_tensor *total = orepa_reduce(OREPA_SUM, loss, 0, NULL, false);

@@ -26,4 +26,13 @@ orepa_dtype op_channel_dtype(const orepa_tensor *map);
 #define OPERAND_NUMBER(x) ((orepa_operand){.number = (x)})
 orepa_tensor *op_apply2(orepa_function f, orepa_operand a, orepa_operand b);
 
+/* ---- autocast.c: what an op computes with inside autocast. New references; outside, the tensors themselves.
+ *
+ * given[0] is a map, what follows are parameters or NULL: a parameter's cast is kept with its storage until that is
+ * written, so that it is made once a step however often it is used. 0, or -1 and a message. */
+int op_autocast(int count, orepa_tensor *const *given, orepa_tensor **cast);
+void op_release_all(int count, orepa_tensor **tensors);
+/* float32 of a bfloat16 map. */
+orepa_tensor *op_wide(orepa_tensor *t);
+
 #endif

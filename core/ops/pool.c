@@ -158,7 +158,9 @@ orepa_tensor *orepa_adaptive_avg_pool2d(orepa_tensor *x, int64_t height, int64_t
   int64_t shape[4];
   if (adaptive_shape("adaptive_avg_pool2d", x, height, width, shape))
     return NULL;
-  return avg_pool(x, &(device_windows){.adaptive = true}, shape);
+  orepa_tensor *wide = op_wide(x), *y = wide ? avg_pool(wide, &(device_windows){.adaptive = true}, shape) : NULL;
+  orepa_release(wide);
+  return y;
 }
 
 orepa_tensor *orepa_adaptive_max_pool2d(orepa_tensor *x, int64_t height, int64_t width) {

@@ -188,6 +188,7 @@ static void storage_release(tensor_storage *storage) {
   if (storage->promise)
     promise_free(storage->promise);
   orepa_release(storage->moments);
+  orepa_release(storage->cast);
   allocator_put(storage->device, storage->memory, storage->bytes);
   free(storage);
 }
@@ -267,6 +268,24 @@ orepa_tensor *tensor_moments(const orepa_tensor *t) {
   bool holds = storage->moments && storage->moments_version == storage->version && t->rank == 4 &&
                t->shape[1] == storage->moments->shape[2] && tensor_is_whole(t);
   return holds ? storage->moments : NULL;
+}
+
+/* ---- a whole tensor in another type ---- */
+
+void tensor_keep_cast(orepa_tensor *t, orepa_tensor *cast) {
+  orepa_release(t->storage->cast);
+  t->storage->cast = orepa_retain(cast);
+  t->storage->cast_version = t->storage->version;
+}
+
+orepa_tensor *tensor_kept_cast(orepa_tensor *t, orepa_dtype dtype) {
+  tensor_storage *storage = t->storage;
+  if (storage->cast && storage->cast_version != storage->version) {
+    orepa_release(storage->cast);
+    storage->cast = NULL;
+  }
+  bool holds = storage->cast && storage->cast->dtype == dtype && shape_equal(storage->cast, t) && tensor_is_whole(t);
+  return holds ? storage->cast : NULL;
 }
 
 /* ---- public: making and asking ---- */

@@ -27,6 +27,8 @@ typedef struct {
   promise_reader *readers; /* the promises that read it */
   orepa_tensor *moments;   /* of the map that it holds, taken while it was written (device.h); NULL: none */
   uint64_t moments_version;
+  orepa_tensor *cast; /* the same numbers in another type; NULL: none */
+  uint64_t cast_version;
   bool viewed_in_graph; /* a view of it was made while a graph was recorded: in-place ops with gradients are refused */
 } tensor_storage;
 
@@ -55,6 +57,11 @@ void tensor_outline(const orepa_tensor *t, device_array *array);
 void tensor_keep_moments(orepa_tensor *t, orepa_tensor *moments);
 /* Borrowed; NULL if there are none, or t is not the whole map any more. */
 orepa_tensor *tensor_moments(const orepa_tensor *t);
+
+/* ---- a whole tensor in another type, kept until it is written */
+void tensor_keep_cast(orepa_tensor *t, orepa_tensor *cast);
+/* Borrowed; NULL if there is none of t as it is now. */
+orepa_tensor *tensor_kept_cast(orepa_tensor *t, orepa_dtype dtype);
 
 /* ---- making */
 /* Checks rank, sizes and that the bytes can be counted. No memory is allocated before the first door. */

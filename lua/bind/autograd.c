@@ -1,7 +1,7 @@
-/* autograd.c: backward, requires_grad and no_grad. */
+/* autograd.c: backward, requires_grad, and the regions: no_grad and autocast. */
 #include "bind.h"
 
-#define BIND_GUARD "orepa.NoGradGuard"
+#define BIND_GUARD "orepa.Guard"
 
 static int l_backward(lua_State *L) {
   static const char *const known[] = {"retain_graph", NULL};
@@ -23,40 +23,89 @@ static int l_requires_grad(lua_State *L) {
   return 1;
 }
 
-/* ---- no_grad(f) gives back what f returns; no_grad() is a guard for `local _ <close> =` ---- */
+/* ---- regions: f(...) gives back what its function returns; without one it is a guard for `local _ <close> =` ---- */
+
+static void set_grad(int on) {
+  orepa_set_grad_enabled(on != 0);
+}
+
+static void set_autocast(int dtype) {
+  orepa_set_autocast((orepa_dtype)dtype);
+}
 
 typedef struct {
-  bool was, open;
-} grad_guard;
+  void (*set)(int);
+  int was;
+  bool open;
+} region_guard;
 
 static int close_guard(lua_State *L) {
-  grad_guard *guard = luaL_checkudata(L, 1, BIND_GUARD);
+  region_guard *guard = luaL_checkudata(L, 1, BIND_GUARD);
   if (guard->open)
-    orepa_set_grad_enabled(guard->was);
+    guard->set(guard->was);
   guard->open = false;
   return 0;
 }
 
-static int finish_no_grad(lua_State *L, int status, lua_KContext was) {
-  orepa_set_grad_enabled(was != 0);
+/* The region is entered already; it was `was` before. */
+static int push_guard(lua_State *L, void (*set)(int), int was) {
+  region_guard *guard = lua_newuserdatauv(L, sizeof *guard, 0);
+  *guard = (region_guard){set, was, true};
+  luaL_setmetatable(L, BIND_GUARD);
+  return 1;
+}
+
+static int finish(lua_State *L, int status) {
   if (status != LUA_OK && status != LUA_YIELD)
     return lua_error(L);
   return lua_gettop(L);
 }
 
+static int finish_no_grad(lua_State *L, int status, lua_KContext was) {
+  set_grad((int)was);
+  return finish(L, status);
+}
+
 static int l_no_grad(lua_State *L) {
-  bool was = orepa_grad_enabled();
+  int was = orepa_grad_enabled();
   if (lua_isnoneornil(L, 1)) {
-    grad_guard *guard = lua_newuserdatauv(L, sizeof *guard, 0);
-    *guard = (grad_guard){was, true};
-    luaL_setmetatable(L, BIND_GUARD);
-    orepa_set_grad_enabled(false);
+    push_guard(L, set_grad, was);
+    set_grad(false);
     return 1;
   }
   luaL_checktype(L, 1, LUA_TFUNCTION);
   lua_settop(L, 1);
-  orepa_set_grad_enabled(false);
+  set_grad(false);
   return finish_no_grad(L, lua_pcallk(L, 0, LUA_MULTRET, 0, was, finish_no_grad), was);
+}
+
+static int finish_autocast(lua_State *L, int status, lua_KContext was) {
+  set_autocast((int)was);
+  return finish(L, status);
+}
+
+static int l_autocast(lua_State *L) {
+  int was = (int)orepa_autocast();
+  orepa_dtype dtype;
+  if (lua_type(L, 1) != LUA_TSTRING)
+    return bind_error(L, "autocast: the name of a type expected, got %s", luaL_typename(L, 1));
+  bool guards = lua_isnoneornil(L, 2);
+  if (!guards)
+    luaL_checktype(L, 2, LUA_TFUNCTION);
+  lua_settop(L, guards ? 1 : 2);
+  if (guards)
+    push_guard(L, set_autocast, was);
+  if (orepa_dtype_by_name(lua_tostring(L, 1), &dtype) || orepa_set_autocast(dtype))
+    return bind_fail(L);
+  if (guards)
+    return 1;
+  lua_remove(L, 1);
+  return finish_autocast(L, lua_pcallk(L, 0, LUA_MULTRET, 0, was, finish_autocast), was);
+}
+
+static int l_get_autocast(lua_State *L) {
+  lua_pushstring(L, orepa_dtype_name(orepa_autocast()));
+  return 1;
 }
 
 static int l_is_grad_enabled(lua_State *L) {
@@ -70,6 +119,17 @@ static const bind_row functions[] = {
      "<close> = "
      "orepa.no_grad()` records nothing until its scope ends, by an error too.\n"
      "> orepa.no_grad(function() return orepa.ones(2) end)"},
+    {"autocast", l_autocast,
+     "autocast(dtype, f) -> what f returns\nRuns f with convolutions, linear layers and what is between them in dtype: "
+     "\"bfloat16\", or \"float32\" to switch that off within. Parameters, their gradients, statistics of norms, the "
+     "average pool before a classifier and losses stay float32. Without f it gives a guard: `local _ <close> = "
+     "orepa.autocast(\"bfloat16\")`. Where float32 is faster (a processor without AMX) it is used instead, and one "
+     "line "
+     "on stderr says so; with OREPA_BFLOAT16=1 in the environment bfloat16 is used everywhere, with 0 nowhere.\n"
+     "> orepa.autocast(\"bfloat16\", function() return F.linear(orepa.ones(2, 3), orepa.ones(4, 3)) end)"},
+    {"get_autocast", l_get_autocast,
+     "get_autocast() -> string\nThe type of the autocast that is entered now; \"float32\": none.\n"
+     "> orepa.get_autocast()"},
     {"is_grad_enabled", l_is_grad_enabled,
      "is_grad_enabled() -> boolean\nWhether ops record a graph now.\n> orepa.is_grad_enabled()"},
     {NULL, NULL, NULL},

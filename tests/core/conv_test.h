@@ -52,6 +52,7 @@ static inline operands make_operands(const geometry *g, orepa_dtype dtype, uint6
   int64_t x[4], w[4], y[4];
   shapes_of(g, x, w, y);
   int64_t rows = y[0] * y[2] * y[3], moments[] = {moments_chunks(rows), 4, g->out};
+  orepa_dtype gradient = seed % 3 ? OREPA_FLOAT32 : dtype; /* of parameters: may be wider than the maps */
   operands o = {
       .x = test_new(dtype, LAYOUT_DENSE, 4, x),
       .w = test_new(dtype, LAYOUT_DENSE, 4, w),
@@ -59,8 +60,8 @@ static inline operands make_operands(const geometry *g, orepa_dtype dtype, uint6
       .bias = test_new(dtype, seed % 2 ? LAYOUT_GAPS : LAYOUT_DENSE, 1, &g->out),
       .dy = test_new(dtype, LAYOUT_DENSE, 4, y),
       .dx = test_new(dtype, LAYOUT_DENSE, 4, x),
-      .dw = test_new(dtype, LAYOUT_DENSE, 4, w),
-      .dbias = test_new(dtype, seed % 2 ? LAYOUT_GAPS : LAYOUT_DENSE, 1, &g->out),
+      .dw = test_new(gradient, LAYOUT_DENSE, 4, w),
+      .dbias = test_new(gradient, seed % 2 ? LAYOUT_GAPS : LAYOUT_DENSE, 1, &g->out),
       .moments = test_new(OREPA_FLOAT32, LAYOUT_DENSE, 3, moments),
       .scale = test_new(OREPA_FLOAT32, LAYOUT_DENSE, 1, &g->in),
       .shift = test_new(OREPA_FLOAT32, LAYOUT_DENSE, 1, &g->in),

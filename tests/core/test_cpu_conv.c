@@ -78,6 +78,21 @@ static void network_shapes(void **unused) {
   }
 }
 
+/* Kernels that are large beside the map, whose weight gradient is a product of patches where there are tiles. */
+static void large_kernels(void **unused) {
+  (void)unused;
+  static const geometry all[] = {
+      {2, 40, 5, 4, 72, {3, 3}, {{1, 1}, {1, 1}, {1, 1}, 1}, true},
+      {3, 33, 7, 6, 64, {3, 2}, {{2, 1}, {1, 0}, {1, 1}, 1}, false},
+      {2, 48, 9, 8, 65, {2, 3}, {{1, 2}, {2, 3}, {3, 2}, 1}, true},
+      {1, 64, 1, 1, 96, {5, 5}, {{1, 1}, {2, 2}, {1, 1}, 1}, false},
+      {1, 300, 4, 3, 64, {1, 4}, {{1, 3}, {0, 4}, {1, 1}, 1}, true},
+  };
+  for (size_t k = 0; k < sizeof all / sizeof *all; k++)
+    for (uint64_t seed = 0; seed < 3; seed++)
+      check(&all[k], OREPA_BFLOAT16, seed);
+}
+
 /* 1x1 with strides from 1 to 40 channels: what overwrites memory inside oneDNN if it is asked for it. */
 static void strided_points(void **unused) {
   (void)unused;
@@ -102,8 +117,8 @@ static void implementations(void **unused) {
       const geometry *g = &network[k];
       int64_t x[4], w[4], y[4];
       shapes_of(g, x, w, y);
-      conv_geometry c = {OREPA_FLOAT32, x[0],         1,   x[1], y[1],  {x[2], x[3]},
-                         {w[2], w[3]},  {y[2], y[3]}, {0}, {0},  {1, 1}};
+      conv_geometry c = {OREPA_FLOAT32, OREPA_FLOAT32, x[0],         1,   x[1], y[1],
+                         {x[2], x[3]},  {w[2], w[3]},  {y[2], y[3]}, {0}, {0},  {1, 1}};
       memcpy(c.stride, g->conv.stride, sizeof c.stride);
       memcpy(c.padding, g->conv.padding, sizeof c.padding);
       const char *name = onednn_conv_implementation((conv_direction)direction, &c, false);
@@ -181,8 +196,8 @@ static void many_geometries(void **unused) {
         check(&g, OREPA_FLOAT32, (uint64_t)k);
       else {
         size_t bytes;
-        conv_geometry c = {OREPA_FLOAT32,       1,      1,      8,     8, {g.height, g.width}, {3, 3},
-                           {g.height, g.width}, {1, 1}, {1, 1}, {1, 1}};
+        conv_geometry c = {OREPA_FLOAT32, OREPA_FLOAT32,       1,      1,      8,     8, {g.height, g.width},
+                           {3, 3},        {g.height, g.width}, {1, 1}, {1, 1}, {1, 1}};
         assert_int_not_equal(onednn_conv_scratch(CONV_FORWARD, &c, false, &bytes), DEVICE_FAILED);
       }
     }
@@ -190,9 +205,10 @@ static void many_geometries(void **unused) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(random_geometries), cmocka_unit_test(network_shapes),       cmocka_unit_test(strided_points),
-      cmocka_unit_test(empty_arrays),      cmocka_unit_test(prologue_and_moments), cmocka_unit_test(other_types),
-      cmocka_unit_test(repeats),           cmocka_unit_test(implementations),      cmocka_unit_test(many_geometries),
+      cmocka_unit_test(random_geometries), cmocka_unit_test(network_shapes), cmocka_unit_test(large_kernels),
+      cmocka_unit_test(strided_points),    cmocka_unit_test(empty_arrays),   cmocka_unit_test(prologue_and_moments),
+      cmocka_unit_test(other_types),       cmocka_unit_test(repeats),        cmocka_unit_test(implementations),
+      cmocka_unit_test(many_geometries),
   };
   return cmocka_run_group_tests_name("cpu convolution", tests, NULL, NULL);
 }

@@ -7,7 +7,8 @@ local process = require "tests.spec.process"
 local function run(text, defer, ...)
   local folder = process.folder()
   process.write(folder .. "/run.lua", text)
-  local output, code = process.run({ folder .. "/run.lua", folder .. "/out.safetensors", ... }, nil, { OREPA_DEFER = defer })
+  local output, code = process.run({ folder .. "/run.lua", folder .. "/out.safetensors", ... }, nil,
+    { OREPA_DEFER = defer, OREPA_BFLOAT16 = "1" })
   assert.equal(0, code, output)
   local bytes = process.read(folder .. "/out.safetensors")
   process.remove(folder)
@@ -24,7 +25,7 @@ end
 -- Two training steps; all parameters, gradients and running statistics.
 local training = [[
 local orepa = require "orepa"
-local path, residual, reparam = ...
+local path, residual, reparam, precision = ...
 orepa.manual_seed(5)
 local net = require "orepa.models".create("resnet", { num_blocks = { 2, 1, 1, 1 }, width = 0.125, classes = 5,
   residual = residual, reparam = reparam })
@@ -32,6 +33,7 @@ local opt = orepa.optim.SGD(orepa.optim.param_groups(net), { lr = 0.1, momentum 
 local labels = orepa.tensor({ 0, 1, 2, 3 }, { dtype = "int64" })
 local x = orepa.randn(4, 3, 37, 35)
 local tensors = {}
+local _ <close> = orepa.autocast(precision)
 for step = 1, 2 do
   local logits = net(x)
   local loss = orepa.F.cross_entropy(logits, labels)
@@ -49,8 +51,13 @@ orepa.save(path, tensors)
 
 describe("a norm that waits", function()
   it("trains a network to the same bits", function()
-    is_same_either_way(training, "basic", "none")
-    is_same_either_way(training, "bottleneck", "orepa")
+    is_same_either_way(training, "basic", "none", "float32")
+    is_same_either_way(training, "bottleneck", "orepa", "float32")
+  end)
+
+  it("does so in bfloat16", function()
+    local short = is_same_either_way(training, "basic", "orepa", "bfloat16")
+    assert.is_false(short == run(training, "1", "basic", "orepa", "float32"))
   end)
 
   -- Hooks see each layer's result before the next layer takes it; `later` looks at maps after that.

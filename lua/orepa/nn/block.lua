@@ -179,7 +179,8 @@ local function folded(self)
   end)
 end
 
--- Everything that the folded kernel depends on: the tensors, and their versions, which grow with every write.
+-- Everything that the folded kernel depends on: the tensors, and their versions, which grow with every write. What it is computed
+-- in is no part of this: a kernel's cast for autocast is kept with its storage, beside it.
 local function fold_key(self)
   local key = slots(self)
   local norm = self.options.post_bn and self[self.options.post_bn]
