@@ -2,8 +2,8 @@
  * it what every way needs (an input normalised first, a dense bias, empty arrays).
  *
  * The ways, for float32: by positions on small maps; Winograd's for 3x3; oneDNN's kernels; by lowering. The choice was
- * measured; `preferred` says when which is the fastest. For bfloat16: oneDNN's kernels, by gathering in some
- * weight gradients, and float32 where there is neither.
+ * measured; `preferred` says when which is the fastest. For bfloat16: oneDNN's kernels; for some
+ * weight gradients by gathering or by folding; float32 where there is none of them.
  * OREPA_CONV=winograd|direct forces Winograd's way wherever it exists, or never. */
 #include <pthread.h>
 #include <stdlib.h>
@@ -62,7 +62,7 @@ static bool is_gradient_of(const device_array *d, const device_array *x) {
 
 /* ---- which way ---- */
 
-typedef enum { BY_POSITIONS, BY_LOWERING, BY_ONEDNN, BY_WINOGRAD, BY_GATHERING } conv_way;
+typedef enum { BY_POSITIONS, BY_LOWERING, BY_ONEDNN, BY_WINOGRAD, BY_GATHERING, BY_FOLDING } conv_way;
 
 static struct {
   pthread_once_t once;
@@ -86,7 +86,7 @@ enum { LEAST_RUN = 128 /* numbers side by side in a patch, from which gathering 
  * the weight gradient, unless the patches are crumbs (first layers, depthwise). */
 static conv_way preferred(conv_direction direction, const conv_geometry *g, bool accurate) {
   if (g->dtype != OREPA_FLOAT32)
-    return conv_gathered_suits(direction, g) ? BY_GATHERING : BY_ONEDNN;
+    return conv_gathered_suits(direction, g) ? BY_GATHERING : conv_folded_suits(direction, g) ? BY_FOLDING : BY_ONEDNN;
   if (by_winograd(direction, g, accurate))
     return BY_WINOGRAD;
   if (conv_positions_suit(direction, g))
@@ -101,8 +101,8 @@ static device_status choose(conv_direction direction, const conv_geometry *g, bo
                             conv_way *way, size_t *bytes) {
   *way = preferred(direction, g, accurate);
   *bytes = 0;
-  if (*way == BY_GATHERING) {
-    device_status status = conv_gathered_scratch(g, bytes);
+  if (*way == BY_GATHERING || *way == BY_FOLDING) {
+    device_status status = *way == BY_GATHERING ? conv_gathered_scratch(g, bytes) : conv_folded_scratch(g, bytes);
     if (status != DEVICE_UNSUPPORTED)
       return status;
     *way = BY_ONEDNN;
@@ -227,6 +227,8 @@ static device_status compute_in_type(conv_work *c) {
     status = onednn_conv(c->direction, &c->g, x, c->w, c->y, c->bias, own);
   } else if (c->way == BY_GATHERING) {
     status = conv_gathered(&c->g, x, c->w, c->y, own);
+  } else if (c->way == BY_FOLDING) {
+    status = conv_folded(&c->g, x, c->w, c->y, own);
   } else {
     conv_operands operands = {&c->g, x, c->w, c->y, c->bias};
     status = c->way == BY_POSITIONS ? conv_by_positions(c->direction, &operands, own)

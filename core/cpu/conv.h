@@ -1,4 +1,4 @@
-/* conv.h: one convolution's sizes, and the two ways to compute it by matrix products. conv.c chooses between them and
+/* conv.h: one convolution's sizes, and the ways to compute it beside oneDNN's. conv.c chooses between them and
  * oneDNN's kernels. */
 #ifndef OREPA_CORE_CPU_CONV_H
 #define OREPA_CORE_CPU_CONV_H
@@ -57,6 +57,11 @@ device_status conv_lowered(conv_direction direction, const conv_operands *operan
 bool conv_gathered_suits(conv_direction direction, const conv_geometry *g);
 device_status conv_gathered_scratch(const conv_geometry *g, size_t *bytes);
 device_status conv_gathered(const conv_geometry *g, const void *x, void *dw, void *dy, void *scratch);
+
+/* ---- by folding: the weight gradient of bfloat16 maps of few channels with a stride, as one without. */
+bool conv_folded_suits(conv_direction direction, const conv_geometry *g);
+device_status conv_folded_scratch(const conv_geometry *g, size_t *bytes);
+device_status conv_folded(const conv_geometry *g, const void *x, void *dw, void *dy, void *scratch);
 
 /* ---- strided points: a 1x1 convolution with stride or padding sees some pixels only. x (batch, channels, size) to or
  * from points (batch, channels, result), elements of `bytes` bytes; spreading leaves zeros between. */

@@ -93,6 +93,23 @@ static void large_kernels(void **unused) {
       check(&all[k], OREPA_BFLOAT16, seed);
 }
 
+/* First layers: few channels and a stride, whose weight gradient is folded where there are tiles. */
+static void few_channels(void **unused) {
+  (void)unused;
+  static const geometry all[] = {
+      {2, 3, 20, 18, 16, {7, 7}, {{2, 2}, {3, 3}, {1, 1}, 1}, true},
+      {3, 1, 13, 9, 8, {3, 3}, {{2, 2}, {0, 1}, {1, 1}, 1}, false},
+      {2, 4, 11, 17, 20, {5, 4}, {{2, 3}, {2, 5}, {1, 1}, 1}, true},
+      {1, 2, 23, 19, 33, {8, 6}, {{4, 3}, {1, 4}, {1, 1}, 1}, false},
+      {2, 3, 17, 16, 64, {4, 3}, {{3, 1}, {0, 0}, {1, 1}, 1}, false},
+      {1, 3, 5, 6, 16, {5, 6}, {{4, 2}, {0, 0}, {1, 1}, 1}, true},
+      {1, 3, 19, 30, 16, {3, 3}, {{2, 2}, {4, 5}, {1, 1}, 1}, true},
+  };
+  for (size_t k = 0; k < sizeof all / sizeof *all; k++)
+    for (uint64_t seed = 0; seed < 3; seed++)
+      check(&all[k], OREPA_BFLOAT16, seed);
+}
+
 /* 1x1 with strides from 1 to 40 channels: what overwrites memory inside oneDNN if it is asked for it. */
 static void strided_points(void **unused) {
   (void)unused;
@@ -205,10 +222,10 @@ static void many_geometries(void **unused) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(random_geometries), cmocka_unit_test(network_shapes), cmocka_unit_test(large_kernels),
-      cmocka_unit_test(strided_points),    cmocka_unit_test(empty_arrays),   cmocka_unit_test(prologue_and_moments),
-      cmocka_unit_test(other_types),       cmocka_unit_test(repeats),        cmocka_unit_test(implementations),
-      cmocka_unit_test(many_geometries),
+      cmocka_unit_test(random_geometries),    cmocka_unit_test(network_shapes),  cmocka_unit_test(large_kernels),
+      cmocka_unit_test(few_channels),         cmocka_unit_test(strided_points),  cmocka_unit_test(empty_arrays),
+      cmocka_unit_test(prologue_and_moments), cmocka_unit_test(other_types),     cmocka_unit_test(repeats),
+      cmocka_unit_test(implementations),      cmocka_unit_test(many_geometries),
   };
   return cmocka_run_group_tests_name("cpu convolution", tests, NULL, NULL);
 }
