@@ -182,7 +182,7 @@ static orepa_tensor *conv_forward(orepa_tensor *x, orepa_tensor *w, orepa_tensor
   return failed ? tensor_fail(y) : y;
 }
 
-/* The payload says types of gradients that are not those of the arguments. */
+/* The payload says the types of gradients: a cast argument's is not its own. */
 static orepa_tensor *conv2d(orepa_tensor *x, orepa_tensor *weight, orepa_tensor *bias, const conv_payload *payload) {
   const orepa_conv *conv = &payload->conv;
   int64_t shape[4];
@@ -209,7 +209,7 @@ static orepa_tensor *conv2d(orepa_tensor *x, orepa_tensor *weight, orepa_tensor 
 
 /* A cast parameter's gradient is float32 from the start, where the parameter is. */
 static orepa_dtype gradient_type(const orepa_tensor *given, const orepa_tensor *cast) {
-  return !given ? OREPA_FLOAT32 : given->dtype == OREPA_FLOAT32 ? OREPA_FLOAT32 : cast->dtype;
+  return given && given->dtype != OREPA_FLOAT32 ? cast->dtype : OREPA_FLOAT32;
 }
 
 orepa_tensor *orepa_conv2d(orepa_tensor *x, orepa_tensor *weight, orepa_tensor *bias, const orepa_conv *conv) {

@@ -17,7 +17,7 @@ end
 -- Each is a value, or `made` anew for each call, since calls change it.
 local values = table.pack(
   nil, false, true, 0, 1, -1, 2, 3, 0.5, -7, 1 << 31, (1 << 31) - 1, -(1 << 31), 1 << 32, (1 << 53) + 1, math.maxinteger,
-  math.mininteger, 1e300, -1e300, 0 / 0, 1 / 0, "", "cpu", "float64", "no such thing", ("x"):rep(5000), "a\0b", print, io.stdout,
+  math.mininteger, 1e300, -1e300, 0 / 0, 1 / 0, "", "cpu", "float64", "bfloat16", "no such thing", ("x"):rep(5000), "a\0b", print, io.stdout,
   made(function() return {} end), made(function() return { 1, 2 } end), made(function() return { 1, x = 2 } end),
   made(function() return { dtype = "int64" } end), made(function() return { device = 1 } end),
   made(function() return { { 1, 2 }, { 3 } } end), made(function() return { math.maxinteger, 3 } end),
@@ -107,7 +107,7 @@ local function attempt(name, f, arguments)
   end
   for k = 2, results.n do
     local v = results[k]
-    if name == "orepa.no_grad" and type(v) == "userdata" and not orepa.is_tensor(v) then
+    if (name == "orepa.no_grad" or name == "orepa.autocast") and type(v) == "userdata" and not orepa.is_tensor(v) then
       local _ <close> = v
     end
     look_at(v)
