@@ -13,14 +13,14 @@
 /* What a product needs to know of a type. */
 typedef struct {
   int64_t size, columns;
-  void (*tile)(int64_t depth, const void *a, const void *b, void *c);
+  void (*tile)(int64_t depth, const void *a, const void *b, void *c, fetch next);
   void (*pack_columns)(int64_t depth, int64_t width, int64_t count, const void *const *row, void *panel);
   void (*add)(int64_t count, const void *from, void *to);
 } arithmetic;
 
 #define ARITHMETIC_DEFINE(type)                                                                                        \
-  static void multiply_##type(int64_t depth, const void *a, const void *b, void *c) {                                  \
-    tile_##type(depth, a, b, c);                                                                                       \
+  static void multiply_##type(int64_t depth, const void *a, const void *b, void *c, fetch next) {                      \
+    tile_##type(depth, a, b, c, next);                                                                                 \
   }                                                                                                                    \
   static void turn_##type(int64_t depth, int64_t width, int64_t count, const void *const *row, void *panel) {          \
     pack_columns_##type(depth, width, count, (const type *const *)row, panel);                                         \
@@ -201,7 +201,7 @@ static void compose_outputs(const composition *p, void *w, const void *after, co
     for (int64_t j = 0; j < panels; j++) {
       const void *panel = element(p, before, (segment * panels + j) * width * p->depth);
       for (int64_t r = 0; r < count; r += PRODUCT_ROWS) {
-        p->type->tile(p->depth, element(p, packed, r * p->depth), panel, tile);
+        p->type->tile(p->depth, element(p, packed, r * p->depth), panel, tile, (fetch){panel, 0});
         scatter(p, w, segment, o0, block + r, smaller(PRODUCT_ROWS, count - r), j * width, tile);
       }
     }
@@ -295,7 +295,7 @@ static void after_gradient(const composition *p, void *dafter, const void *dw, c
       for (int64_t j = 0; j < panels; j++) {
         const void *panel = element(p, before, ((segment * panels + j) * p->columns + b * p->run) * width);
         for (int64_t r0 = 0; r0 < count; r0 += PRODUCT_ROWS) {
-          p->type->tile(depth, element(p, packed, r0 * depth), panel, tile);
+          p->type->tile(depth, element(p, packed, r0 * depth), panel, tile, (fetch){panel, 0});
           for (int64_t r = 0; r < smaller(PRODUCT_ROWS, count - r0); r++) {
             int64_t k = block + r0 + r;
             void *to = after_row(p, dafter, segment, o0 + k / p->after_taps, k % p->after_taps);
@@ -390,7 +390,7 @@ static void before_gradient(const composition *p, void *dbefore, const void *dw,
     for (int64_t j = block->column; j < end; j += width) {
       pack_dw_steps(p, dw, block->segment, o0, first, steps, j, panel);
       for (int64_t r0 = 0; r0 < block->rows; r0 += PRODUCT_ROWS) {
-        p->type->tile(steps, element(p, packed, r0 * steps), panel, tile);
+        p->type->tile(steps, element(p, packed, r0 * steps), panel, tile, (fetch){panel, 0});
         for (int64_t r = 0; r < smaller(PRODUCT_ROWS, block->rows - r0); r++) {
           int64_t t = block->segment * p->depth + block->row + r0 + r;
           put_row(p, first > 0, smaller(width, end - j), element(p, tile, r * width),

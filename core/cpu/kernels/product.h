@@ -35,11 +35,54 @@ static inline int64_t larger(int64_t a, int64_t b) {
   return a > b ? a : b;
 }
 
-/* Asks for part k of `parts` of an array of floats: a panel that is needed next is fetched while this one is worked on.
- */
-static ALWAYS_INLINE void fetch_part(const float *array, int64_t count, int64_t k, int64_t parts) {
-  for (int64_t i = count * k / parts; i < count * (k + 1) / parts; i += 16)
-    __builtin_prefetch(array + i);
+/* Memory that a tile asks for while it multiplies, so that it is near when it is needed: a line in each step, the next
+ * one `step` bytes on. Nothing is read: it may lie anywhere. */
+typedef struct {
+  const char *at;
+  int64_t step;
+} fetch;
+
+/* Part k of `parts` of `count` floats, over `depth` steps. */
+static inline fetch fetch_part(const float *array, int64_t count, int64_t k, int64_t parts, int64_t depth) {
+  int64_t bytes = count * (int64_t)sizeof *array, step = divide_up(bytes, larger(1, parts * depth));
+  return (fetch){(const char *)array + k * depth * step, step};
+}
+
+/* Arrays that are needed later, to be fetched piece by piece. */
+enum { FETCH_MOST = 20 };
+typedef struct {
+  const float *from[FETCH_MOST];
+  int64_t count[FETCH_MOST];
+  int arrays, array;
+  int64_t done, each; /* of this array; floats of a piece */
+} fetch_list;
+
+static inline void fetch_add(fetch_list *list, const float *from, int64_t count) {
+  if (count > 0 && list->arrays < FETCH_MOST) {
+    list->from[list->arrays] = from;
+    list->count[list->arrays++] = count;
+  }
+}
+
+/* To be done within `pieces`. */
+static inline void fetch_spread(fetch_list *list, int64_t pieces) {
+  int64_t all = 0;
+  for (int k = 0; k < list->arrays; k++)
+    all += list->count[k];
+  list->done = 0;
+  list->each = divide_up(all, larger(1, pieces - list->arrays));
+}
+
+static inline fetch fetch_next(fetch_list *list, int64_t depth) {
+  if (list->array == list->arrays)
+    return (fetch){(const char *)list, 0};
+  int k = list->array;
+  int64_t count = smaller(list->each, list->count[k] - list->done);
+  const float *from = list->from[k] + list->done;
+  list->done += count;
+  if (list->done == list->count[k])
+    list->array++, list->done = 0;
+  return fetch_part(from, count, 0, 1, depth);
 }
 
 /* Channels-last, without gaps. */
@@ -68,13 +111,29 @@ static inline int64_t even_chunk(int64_t count, int64_t most, int64_t parts) {
   return larger(1, divide_up(count, larger(1, chunks)));
 }
 
+#if LANES >= 8
+/* Vectors a and b, seen as one row of 2 * LANES numbers: those at even places, and at odd places; and back. */
+#if LANES == 16
+#define EVEN_LANES 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ODD_LANES 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#define LOW_LANES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH_LANES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#else
+#define EVEN_LANES 0, 2, 4, 6, 8, 10, 12, 14
+#define ODD_LANES 1, 3, 5, 7, 9, 11, 13, 15
+#define LOW_LANES 0, 8, 1, 9, 2, 10, 3, 11
+#define HIGH_LANES 4, 12, 5, 13, 6, 14, 7, 15
+#endif
+#endif
+
 /* clang-format off */
 #define PRODUCT_DEFINE(type)                                                                                           \
   typedef type type##_vector __attribute__((vector_size(4 * LANES)  , may_alias));                                    \
   typedef type type##_quad __attribute__((vector_size(4 * sizeof(type)), aligned(sizeof(type)), may_alias));           \
                                                                                                                        \
   /* c[row][column] = sum over k of a[k][row] * b[k][column]; all three aligned to vectors. */                         \
-  static __attribute__((noinline, unused)) void tile_##type(int64_t depth, const type *a, const type *b, type *c) {    \
+  static __attribute__((noinline, unused)) void tile_##type(int64_t depth, const type *a, const type *b, type *c,      \
+                                                            fetch next) {                                              \
     type##_vector *result = (type##_vector *)c, zero = {0};                                                            \
     int64_t k = 0;                                                                                                     \
     do {                                                                                                               \
@@ -84,6 +143,8 @@ static inline int64_t even_chunk(int64_t count, int64_t most, int64_t parts) {
         sum[r][0] = sum[r][1] = zero;                                                                                  \
       _Pragma("GCC unroll 4") for (int64_t step = k; step < end; step++) {                                             \
         type##_vector left = ((const type##_vector *)b)[0], right = ((const type##_vector *)b)[1];                     \
+        __builtin_prefetch(next.at, 0, 2);                                                                             \
+        next.at += next.step;                                                                                          \
         _Pragma("GCC unroll 14") for (int r = 0; r < PRODUCT_ROWS; r++) {                                              \
           sum[r][0] += a[r] * left;                                                                                    \
           sum[r][1] += a[r] * right;                                                                                   \
@@ -145,5 +206,48 @@ static inline int64_t even_chunk(int64_t count, int64_t most, int64_t parts) {
 
 PRODUCT_DEFINE(float)
 PRODUCT_DEFINE(double)
+
+#if LANES == 16
+/* Row r's k-th number becomes vector k's r-th. In a number's place, row above k, each round moves the lowest bit of k
+ * into the vector's number and one bit of the row to the top of the lane's. */
+static ALWAYS_INLINE void turn_sixteen(float_lanes *v) {
+#pragma GCC unroll 4
+  for (int bit = 1; bit < 16; bit *= 2)
+#pragma GCC unroll 16
+    for (int k = 0; k < 16; k++)
+      if (!(k & bit)) {
+        float_lanes even = __builtin_shufflevector(v[k], v[k + bit], EVEN_LANES);
+        v[k + bit] = __builtin_shufflevector(v[k], v[k + bit], ODD_LANES);
+        v[k] = even;
+      }
+}
+
+/* As pack_columns_float(), for at most sixteen rows and steps in sixteens. */
+static inline void pack_sixteen(int64_t depth, int64_t width, int64_t count, int64_t columns, const float *const *row,
+                                float *panel) {
+  for (int64_t k = 0; k < depth; k += 16, panel += 16 * width) {
+    float_lanes v[16];
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; r++)
+      v[r] = r < count ? load_lanes(row[r], k, false) : (float_lanes){0};
+    turn_sixteen(v);
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; r++)
+      store_first_lanes(panel + r * width, v[r], columns);
+  }
+}
+#endif
+
+/* pack_columns_float() by the widest vectors where they fit. */
+static inline void pack_panel(int64_t depth, int64_t width, int64_t count, const float *const *row, float *panel) {
+#if LANES == 16
+  if (depth % 16 == 0) {
+    for (int64_t r = 0; r < width; r += 16)
+      pack_sixteen(depth, width, larger(0, smaller(16, count - r)), smaller(16, width - r), row + r, panel + r);
+    return;
+  }
+#endif
+  pack_columns_float(depth, width, count, row, panel);
+}
 
 #endif

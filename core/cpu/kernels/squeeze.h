@@ -9,7 +9,7 @@
 
 #include "cpu/kernels/product.h"
 
-enum { SQUEEZE_CHANNELS = 64 };
+enum { SQUEEZE_CHANNELS = 64, SQUEEZE_PARALLEL = 500000 /* multiplications that are worth threads */ };
 
 typedef struct {
   const device_term *term;
@@ -28,6 +28,7 @@ typedef struct {
   orepa_taps used;                   /* of these */
   int64_t blocks, padded;            /* of a group's channels: blocks; channels filled up to whole columns */
   int64_t most_inner[2];             /* the largest T and E */
+  double work;                       /* multiplications of all terms */
   int count;
   squeeze_term *terms;
 } squeezing;
@@ -50,6 +51,21 @@ static inline int64_t depthwise_offset(const squeezing *s, const squeeze_term *t
 /* The row of a depthwise term's `a` that belongs to output o (of all). */
 static inline int64_t depthwise_row(const squeezing *s, const squeeze_term *t, int64_t o) {
   return t->term->interleave ? o % s->outputs * s->groups + o / s->outputs : o;
+}
+
+/* Numbers of a term's `a` for one output. */
+static inline int64_t output_size(const squeezing *s, const squeeze_term *t) {
+  switch (t->term->kind) {
+  case TERM_KERNEL:
+    return t->own * s->channels;
+  case TERM_PATTERN:
+    return s->channels;
+  case TERM_PRODUCT:
+    return t->own * t->inner;
+  case TERM_DEPTHWISE:
+    return t->inner * s->channels;
+  }
+  return 0;
 }
 
 static inline float scale_of(const device_term *term, int64_t o) {
@@ -113,19 +129,6 @@ static inline void turn_matrix(int64_t rows, int64_t columns, const float *from,
 }
 
 #if LANES >= 8
-/* Vectors a and b, seen as one row of 2 * LANES numbers: those at even places, and at odd places; and back. */
-#if LANES == 16
-#define EVEN_LANES 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
-#define ODD_LANES 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
-#define LOW_LANES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define HIGH_LANES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
-#else
-#define EVEN_LANES 0, 2, 4, 6, 8, 10, 12, 14
-#define ODD_LANES 1, 3, 5, 7, 9, 11, 13, 15
-#define LOW_LANES 0, 8, 1, 9, 2, 10, 3, 11
-#define HIGH_LANES 4, 12, 5, 13, 6, 14, 7, 15
-#endif
-
 static ALWAYS_INLINE void load_eight(const float *from, float_lanes *v) {
 #pragma GCC unroll 8
   for (int k = 0; k < 8; k++)

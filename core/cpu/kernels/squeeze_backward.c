@@ -304,7 +304,7 @@ static void pack_products(const squeezing *s) {
       int64_t first = n % panels * width, count = smaller(width, t->inner - first);
       for (int64_t r = 0; r < count; r++)
         row[r] = (const float *)t->term->b.data + (n / panels * t->inner + first + r) * s->channels;
-      pack_columns_float(s->channels, width, count, row, t->packed + n * width * s->channels);
+      pack_panel(s->channels, width, count, row, t->packed + n * width * s->channels);
     }
   }
 }
@@ -345,7 +345,7 @@ static void pack_dw_rows(const squeezing *s, const squeeze_term *t, const float 
       tap = 0, o++;
   }
   for (int64_t r = 0; r < rows; r += PRODUCT_ROWS)
-    pack_columns_float(s->channels, PRODUCT_ROWS, smaller(PRODUCT_ROWS, rows - r), from + r, packed + r * s->channels);
+    pack_panel(s->channels, PRODUCT_ROWS, smaller(PRODUCT_ROWS, rows - r), from + r, packed + r * s->channels);
 }
 
 static void clear_unused_rows(const squeeze_term *t, int64_t o, int64_t outputs) {
@@ -368,7 +368,9 @@ static void product_rows_gradient(const squeezing *s, const squeeze_term *t, con
     pack_dw_rows(s, t, dw, first, rows, row, packed);
     for (int64_t j = 0; j < panels; j++)
       for (int64_t r = 0; r < rows; r += PRODUCT_ROWS) {
-        tile_float(s->channels, packed + r * s->channels, right + j * s->channels * width, tile);
+        tile_float(s->channels, packed + r * s->channels, right + j * s->channels * width, tile,
+                   fetch_part(right + (j + 1) * s->channels * width, s->channels * width, r / PRODUCT_ROWS,
+                              divide_up(rows, PRODUCT_ROWS), s->channels));
         finish_tile(s, t, smaller(PRODUCT_ROWS, rows - r), row + r, j * width, tile);
       }
     for (int64_t r = 0; r < rows; r++)
@@ -418,7 +420,7 @@ static void product_block_gradient(const squeezing *s, const squeeze_term *t, co
     for (int64_t j = b->column; j < b->column + b->columns; j += width) {
       pack_rows(steps.count, width, s->channels - j, steps.dw, j, NULL, panel);
       for (int64_t r0 = 0; r0 < b->rows; r0 += PRODUCT_ROWS) {
-        tile_float(steps.count, packed + r0 * steps.count, panel, tile);
+        tile_float(steps.count, packed + r0 * steps.count, panel, tile, (fetch){(const char *)panel, 0});
         for (int64_t r = 0; r < smaller(PRODUCT_ROWS, b->rows - r0); r++)
           if (first > start)
             add_scaled(smaller(width, s->channels - j), 1, tile + r * width, db + (r0 + r) * s->channels + j);
@@ -453,12 +455,6 @@ static division divide(const squeezing *s, int threads) {
   int64_t block_size = (PRODUCT_BLOCK + PRODUCT_COLUMNS(float)) * PRODUCT_DEPTH;
   d.buffer = larger(strip_size, s->most_inner[0] ? larger(rows_size, block_size) : 0);
   return d;
-}
-
-/* Multiplications of the whole, all terms. */
-static bool worth_threads(const squeezing *s) {
-  double size = (double)(s->groups * s->outputs * s->taps * s->channels);
-  return size * (double)(2 * s->most_inner[0] + 2 * s->most_inner[1] + s->count) > 5e5;
 }
 
 static void pass_gradients(const squeezing *s, const float *dw, const division *d, float *buffer) {
@@ -522,7 +518,7 @@ device_status KERNEL(squeeze_backward)(device_context *context, int64_t groups, 
   squeezing s;
   if (!KERNEL(squeeze_describe)(&s, groups, dw, taps, count, terms))
     return DEVICE_UNSUPPORTED;
-  bool parallel = worth_threads(&s);
+  bool parallel = 2 * s.work > SQUEEZE_PARALLEL;
   division d = divide(&s, parallel ? omp_get_max_threads() : 1);
   squeeze_scratch scratch = {NULL, 0};
   KERNEL(squeeze_lay_out)(&s, &scratch, terms, d.pass_chunks);
