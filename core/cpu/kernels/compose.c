@@ -20,7 +20,7 @@ typedef struct {
 
 #define ARITHMETIC_DEFINE(type)                                                                                        \
   static void multiply_##type(int64_t depth, const void *a, const void *b, void *c, fetch next) {                      \
-    tile_##type(depth, a, b, c, next);                                                                                 \
+    tile_##type(false, depth, a, b, c, next);                                                                          \
   }                                                                                                                    \
   static void turn_##type(int64_t depth, int64_t width, int64_t count, const void *const *row, void *panel) {          \
     pack_columns_##type(depth, width, count, (const type *const *)row, panel);                                         \

@@ -131,8 +131,8 @@ static inline int64_t even_chunk(int64_t count, int64_t most, int64_t parts) {
   typedef type type##_vector __attribute__((vector_size(4 * LANES)  , may_alias));                                    \
   typedef type type##_quad __attribute__((vector_size(4 * sizeof(type)), aligned(sizeof(type)), may_alias));           \
                                                                                                                        \
-  /* c[row][column] = sum over k of a[k][row] * b[k][column]; all three aligned to vectors. */                         \
-  static __attribute__((noinline, unused)) void tile_##type(int64_t depth, const type *a, const type *b, type *c,      \
+  /* c[row][column] = sum over k of a[k][row] * b[k][column], or +=; all three aligned to vectors. */                  \
+  static __attribute__((noinline, unused)) void tile_##type(bool add, int64_t depth, const type *a, const type *b, type *c, \
                                                             fetch next) {                                              \
     type##_vector *result = (type##_vector *)c, zero = {0};                                                            \
     int64_t k = 0;                                                                                                     \
@@ -153,7 +153,7 @@ static inline int64_t even_chunk(int64_t count, int64_t most, int64_t parts) {
         b += PRODUCT_COLUMNS(type);                                                                                    \
       }                                                                                                                \
       _Pragma("GCC unroll 14") for (int r = 0; r < PRODUCT_ROWS; r++) {                                                \
-        if (k) {                                                                                                       \
+        if (k || add) {                                                                                                       \
           sum[r][0] += result[2 * r];                                                                                  \
           sum[r][1] += result[2 * r + 1];                                                                              \
         }                                                                                                              \

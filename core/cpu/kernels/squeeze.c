@@ -23,7 +23,7 @@ static void pack_products(const squeezing *s) {
       const float *row = (const float *)t->term->b.data + n * s->channels;
       float *panel = t->packed + n / t->inner * packed_size(s->channels, width, t->inner) + n % t->inner * width;
       for (int64_t first = 0; first < s->channels; first += width, panel += t->inner * width)
-        pack_rows(1, width, s->channels - first, &row, first, NULL, panel);
+        pack_step(width, s->channels - first, 1, row + first, panel);
     }
   }
 }
@@ -95,7 +95,7 @@ static void multiply(const squeezing *s, const squeeze_term *t, bool add, output
         int64_t r = k * PRODUCT_ROWS;
         fetch part = k % 2 ? fetch_next(&c->later, t->inner)
                            : fetch_part(next, t->inner * width, k / 2, divide_up(pieces, 2), t->inner);
-        tile_float(t->inner, packed + r * t->inner, panel, tile, part);
+        tile_float(false, t->inner, packed + r * t->inner, panel, tile, part);
         finish_tile(add || t->term->plus_identity, smaller(PRODUCT_ROWS, rows - r), row + r, j * width, tile);
       }
     }
@@ -280,14 +280,9 @@ typedef struct {
   int64_t sum, pattern, point, products, packed, all;
 } division;
 
-/* A chunk's rows of products, of their factor, and what is fetched for it, stay in the second cache. */
-enum { CHUNK_FLOATS = 225 << 10 };
-
 static division divide(const squeezing *s, const device_term *terms, int threads) {
   division d = {.row = packed_size(s->channels, PRODUCT_COLUMNS(float), 1) + 16};
-  int64_t fit = CHUNK_FLOATS / larger(1, 2 * (s->most_inner[0] + s->channels)) / PRODUCT_ROWS * PRODUCT_ROWS;
-  int64_t rows = smaller(PRODUCT_BLOCK, larger(PRODUCT_ROWS, fit));
-  d.outputs = even_chunk(s->outputs, larger(1, rows / larger(1, s->taps)), s->groups < threads ? threads : 1);
+  d.outputs = even_chunk(s->outputs, chunk_outputs(s), s->groups < threads ? threads : 1);
   d.chunks = divide_up(s->outputs, d.outputs);
   d.sum = s->taps * SQUEEZE_CHANNELS;
   d.pattern = divide_up(s->taps, 16) * 16;

@@ -68,6 +68,14 @@ static inline int64_t output_size(const squeezing *s, const squeeze_term *t) {
   return 0;
 }
 
+/* How many outputs are worked on at a time: so many that the rows of their products, of a factor of these, and what is
+ * fetched meanwhile stay in the second cache. */
+static inline int64_t chunk_outputs(const squeezing *s) {
+  const int64_t floats = 225 << 10;
+  int64_t fit = floats / larger(1, 2 * (s->most_inner[0] + s->channels)) / PRODUCT_ROWS * PRODUCT_ROWS;
+  return larger(1, smaller(PRODUCT_BLOCK, larger(PRODUCT_ROWS, fit)) / larger(1, s->taps));
+}
+
 static inline float scale_of(const device_term *term, int64_t o) {
   const device_array *scale = &term->scale;
   if (!scale->data)
@@ -103,10 +111,14 @@ static ALWAYS_INLINE void store_part(float *to, int64_t count, float_lanes value
 }
 
 static inline double total(float_lanes lanes) {
-  double sum = 0;
-  for (int i = 0; i < LANES; i++)
-    sum += (double)lanes[i];
-  return sum;
+  typedef double doubles __attribute__((vector_size(8 * LANES)));
+  doubles sums = __builtin_convertvector(lanes, doubles);
+  double sum[LANES];
+  memcpy(sum, &sums, sizeof sum);
+  for (int half = LANES / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++)
+      sum[i] += sum[i + half];
+  return sum[0];
 }
 
 /* to[c][r] = from[r][c] for matrices whose rows are `from_ld` and `to_ld` numbers apart. */
@@ -220,20 +232,14 @@ static ALWAYS_INLINE void put_scaled(int64_t count, float scale, const float *x,
     y[i] = scale * x[i];
 }
 
-/* A panel whose step k is row k from `first` on, times its factor if there are any: `width` numbers of which the row
- * has `count`. A full step may be written past its end, where the next one follows; so the next panel is packed later.
- */
-static ALWAYS_INLINE void pack_rows(int64_t depth, int64_t width, int64_t count, const float *const *row, int64_t first,
-                                    const float *factor, float *panel) {
-  for (int64_t k = 0; k < depth; k++, panel += width) {
-    const float *from = row[k] + first;
-    float times = factor ? factor[k] : 1;
-    if (count >= divide_up(width, LANES) * LANES)
-      for (int64_t j = 0; j < width; j += LANES)
-        store_lanes(panel, j, times * load_lanes(from, j, false), false);
+/* One step of a panel: factor times `width` numbers, of which there are `count`, and zeros. */
+static ALWAYS_INLINE void pack_step(int64_t width, int64_t count, float factor, const float *from, float *to) {
+  for (int64_t j = 0; j < width; j += LANES) {
+    int64_t wanted = smaller(LANES, width - j), there = larger(0, smaller(wanted, count - j));
+    if (there == LANES)
+      store_lanes(to, j, factor * load_lanes(from, j, false), false);
     else
-      for (int64_t j = 0; j < width; j++)
-        panel[j] = j < count ? times * from[j] : 0;
+      store_first_lanes(to + j, factor * load_first_lanes(from + j, there), wanted);
   }
 }
 
@@ -249,6 +255,38 @@ static inline void *take(squeeze_scratch *m, int64_t count, size_t size) {
   return taken;
 }
 
+/* A gradient is wanted of a term's rows of `a` or its scale. */
+static inline bool wants_rows(const device_term *term) {
+  return term->da.data || term->dscale.data;
+}
+
+/* For one row of `a`, where dw's columns under its tap lie `step` apart: da = scale * dw; gives back the sum of dw * a.
+ */
+static ALWAYS_INLINE float_lanes row_gradient(int64_t count, float scale, const float *dw, int64_t step, const float *a,
+                                              float *da) {
+  float_lanes sum = {0};
+  if (STREAMS && da && count % LANES == 0 && (uintptr_t)da % 64 == 0) {
+    for (int64_t i = 0; i < count; i += LANES, dw += step) {
+      float_lanes d = load_lanes(dw, 0, false);
+      sum += d * load_lanes(a, i, false);
+      stream_lanes(da + i, scale * d);
+    }
+    return sum;
+  }
+  for (int64_t i = 0; i < count; i += LANES, dw += step) {
+    float_lanes d = load_lanes(dw, 0, false);
+    sum += d * load_part(a + i, count - i);
+    if (da)
+      store_part(da + i, count - i, scale * d);
+  }
+  return sum;
+}
+
+/* Some outputs of a group. */
+typedef struct {
+  int64_t group, o, outputs; /* o: the first, of all */
+} output_range;
+
 /* False where shapes don't fit together or the types are not ours. */
 bool KERNEL(squeeze_describe)(squeezing *s, int64_t groups, const device_array *w, const orepa_taps *taps, int count,
                               const device_term *terms);
@@ -257,5 +295,17 @@ bool KERNEL(squeeze_describe)(squeezing *s, int64_t groups, const device_array *
 void KERNEL(squeeze_lay_out)(squeezing *s, squeeze_scratch *m, const device_term *terms, int64_t chunks);
 /* Within a parallel region: brings b of each depthwise term into `packed`. */
 void KERNEL(squeeze_pack_depthwise)(const squeezing *s);
+
+/* Products' gradients (squeeze_products.c), all within a parallel region. First b goes into `packed`, in panels of its
+ * rows. */
+void KERNEL(squeeze_pack_rows)(const squeezing *s);
+/* Those of `a` and the scale for some outputs; what is on `later` is fetched meanwhile. Scratch: a number of floats. */
+int64_t KERNEL(squeeze_rows_scratch)(const squeezing *s);
+void KERNEL(squeeze_rows_gradient)(const squeezing *s, const squeeze_term *t, const float *dw, output_range range,
+                                   fetch_list *later, float *scratch);
+/* That of b, over all outputs: the threads share the work. */
+int64_t KERNEL(squeeze_sum_scratch)(const squeezing *s);
+void KERNEL(squeeze_sum_gradient)(const squeezing *s, const squeeze_term *t, const float *dw, int threads,
+                                  float *scratch);
 
 #endif

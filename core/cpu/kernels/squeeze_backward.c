@@ -13,9 +13,6 @@
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/squeeze.h"
 
-static bool wants_rows(const device_term *term) {
-  return term->da.data || term->dscale.data;
-}
 static bool is_wanted(const device_term *term) {
   return wants_rows(term) || (term->db.data && term->kind >= TERM_PRODUCT);
 }
@@ -50,20 +47,6 @@ static void copy_strip(const squeezing *s, const float *dw, strip *p) {
       for (int64_t column = 0; column < p->block.columns; column++)
         store_lanes(strip_at(s, p, k, column, tap), 0,
                     load_part(from + column * LANES, p->block.count - column * LANES), false);
-}
-
-/* For one row of `a`, where dw's columns under its tap lie `step` apart: da = scale * dw; gives back the sum of dw * a.
- */
-static ALWAYS_INLINE float_lanes row_gradient(int64_t count, float scale, const float *dw, int64_t step, const float *a,
-                                              float *da) {
-  float_lanes sum = {0};
-  for (int64_t i = 0; i < count; i += LANES, dw += step) {
-    float_lanes d = load_lanes(dw, 0, false);
-    sum += d * load_part(a + i, count - i);
-    if (da)
-      store_part(da + i, count - i, scale * d);
-  }
-  return sum;
 }
 
 static void kernel_gradient(const squeezing *s, const squeeze_term *t, const strip *p) {
@@ -224,33 +207,42 @@ static void depthwise_gradient(const squeezing *s, const squeeze_term *t, const 
     add_deep_gradients(s, t, p, t->partial + depthwise_offset(s, t, chunk * s->groups + p->group, p->block.first));
 }
 
-/* Of one group and chunk of outputs. */
-static void pass_outputs(const squeezing *s, const float *dw, int64_t chunk, int64_t outputs, strip *p) {
-  int64_t end = p->o + outputs, first = p->o, most = strip_outputs(s);
+/* Sums begin with zero. */
+static void begin_chunk(const squeezing *s, output_range range, int64_t chunk) {
   for (int k = 0; k < s->count; k++) {
     const squeeze_term *t = &s->terms[k];
     if (t->term->kind != TERM_PRODUCT)
-      memset(t->sums + first, 0, (size_t)outputs * sizeof *t->sums);
+      memset(t->sums + range.o, 0, (size_t)range.outputs * sizeof *t->sums);
     if (t->partial)
-      memset(t->partial + depthwise_offset(s, t, chunk * s->groups + p->group, 0), 0,
+      memset(t->partial + depthwise_offset(s, t, chunk * s->groups + range.group, 0), 0,
              (size_t)depthwise_offset(s, t, 1, 0) * sizeof *t->partial);
   }
+}
+
+static void strip_gradients(const squeezing *s, const strip *p, int64_t chunk) {
+  for (int k = 0; k < s->count; k++) {
+    const squeeze_term *t = &s->terms[k];
+    if (!is_wanted(t->term))
+      continue;
+    if (t->term->kind == TERM_KERNEL)
+      kernel_gradient(s, t, p);
+    else if (t->term->kind == TERM_PATTERN)
+      pattern_gradient(s, t, p);
+    else if (t->term->kind == TERM_DEPTHWISE)
+      depthwise_gradient(s, t, p, chunk);
+  }
+}
+
+/* Of some outputs of a chunk. */
+static void pass_outputs(const squeezing *s, const float *dw, int64_t chunk, output_range range, strip *p) {
+  int64_t end = range.o + range.outputs, most = strip_outputs(s);
+  p->group = range.group;
   for (int64_t block = 0; block < s->blocks; block++) {
     p->block = block_of(s, block);
-    for (p->o = first; p->o < end; p->o += most) {
+    for (p->o = range.o; p->o < end; p->o += most) {
       p->outputs = smaller(most, end - p->o);
       copy_strip(s, dw, p);
-      for (int k = 0; k < s->count; k++) {
-        const squeeze_term *t = &s->terms[k];
-        if (!is_wanted(t->term))
-          continue;
-        if (t->term->kind == TERM_KERNEL)
-          kernel_gradient(s, t, p);
-        else if (t->term->kind == TERM_PATTERN)
-          pattern_gradient(s, t, p);
-        else if (t->term->kind == TERM_DEPTHWISE)
-          depthwise_gradient(s, t, p, chunk);
-      }
+      strip_gradients(s, p, chunk);
     }
   }
 }
@@ -288,213 +280,68 @@ static void finish_deep_gradients(const squeezing *s, int64_t chunks) {
   }
 }
 
-/* ---- products: a's gradient and the scale's, dW . (b + E)^T ---- */
-
-/* b of each product whose `a` or scale wants a gradient, in panels of its rows. */
-static void pack_products(const squeezing *s) {
-  int64_t width = PRODUCT_COLUMNS(float);
-  for (int k = 0; k < s->count; k++) {
-    const squeeze_term *t = &s->terms[k];
-    if (t->term->kind != TERM_PRODUCT || !wants_rows(t->term))
-      continue;
-    int64_t panels = divide_up(t->inner, width);
-#pragma omp for nowait
-    for (int64_t n = 0; n < s->groups * panels; n++) {
-      const float *row[PRODUCT_MOST_COLUMNS];
-      int64_t first = n % panels * width, count = smaller(width, t->inner - first);
-      for (int64_t r = 0; r < count; r++)
-        row[r] = (const float *)t->term->b.data + (n / panels * t->inner + first + r) * s->channels;
-      pack_panel(s->channels, width, count, row, t->packed + n * width * s->channels);
-    }
-  }
-}
-
-/* A row of a product: its places in dW and `a`, where it goes (or NULL), its scale, and the sum of <q, a>. */
-typedef struct {
-  const float *dw, *a;
-  float *da, scale;
-  float_lanes sum;
-} product_row;
-
-/* Ends rows of a tile whose columns are channels t from `first` on: q += the identity's part, dw[channel t mod I/G];
- * a's gradient is scale * q, the scale's q . a. */
-static void finish_tile(const squeezing *s, const squeeze_term *t, int64_t rows, product_row *row, int64_t first,
-                        float *q) {
-  int64_t count = smaller(PRODUCT_COLUMNS(float), t->inner - first);
-  int64_t copied = t->term->plus_identity && s->channels ? count : 0, start = copied ? first % s->channels : 0;
-  for (int64_t r = 0; r < rows; r++, q += PRODUCT_COLUMNS(float)) {
-    for (int64_t j = 0, channel = start, run; j < copied; j += run, channel = 0) {
-      run = smaller(s->channels - channel, copied - j);
-      add_scaled(run, 1, row[r].dw + channel, q + j);
-    }
-    row[r].sum += row_gradient(count, row[r].scale, q, LANES, row[r].a + first, row[r].da ? row[r].da + first : NULL);
-  }
-}
-
-/* Rows of dW that belong to rows of (o, used tap) from `first` on. */
-static void pack_dw_rows(const squeezing *s, const squeeze_term *t, const float *dw, int64_t first, int64_t rows,
-                         product_row *row, float *packed) {
-  int64_t o = first / t->taps, tap = first % t->taps;
-  const float *from[PRODUCT_BLOCK], *a = t->term->a.data;
-  float *da = t->term->da.data;
-  for (int64_t r = 0; r < rows; r++) {
-    int64_t at = (o * t->own + t->source[tap]) * t->inner;
-    from[r] = dw + (o * s->taps + t->place[tap]) * s->channels;
-    row[r] = (product_row){from[r], a + at, da ? da + at : NULL, scale_of(t->term, o), {0}};
-    if (++tap == t->taps)
-      tap = 0, o++;
-  }
-  for (int64_t r = 0; r < rows; r += PRODUCT_ROWS)
-    pack_panel(s->channels, PRODUCT_ROWS, smaller(PRODUCT_ROWS, rows - r), from + r, packed + r * s->channels);
-}
-
-static void clear_unused_rows(const squeeze_term *t, int64_t o, int64_t outputs) {
-  float *da = t->term->da.data;
-  for (int64_t k = o; k < o + outputs && da; k++)
-    for (int64_t tap = t->taps; tap < t->own; tap++)
-      memset(da + (k * t->own + t->source[tap]) * t->inner, 0, (size_t)t->inner * sizeof *da);
-}
-
-static void product_rows_gradient(const squeezing *s, const squeeze_term *t, const float *dw, int64_t group, int64_t o,
-                                  int64_t outputs, float *packed) {
-  float tile[PRODUCT_ROWS * PRODUCT_MOST_COLUMNS] __attribute__((aligned(64)));
-  int64_t width = PRODUCT_COLUMNS(float), panels = divide_up(t->inner, width), end = (o + outputs) * t->taps;
-  const float *right = t->packed + group * panels * s->channels * width;
-  memset(t->sums + o, 0, (size_t)outputs * sizeof *t->sums);
-  clear_unused_rows(t, o, outputs);
-  for (int64_t first = o * t->taps; first < end && panels; first += PRODUCT_BLOCK) {
-    product_row row[PRODUCT_BLOCK];
-    int64_t rows = smaller(PRODUCT_BLOCK, end - first);
-    pack_dw_rows(s, t, dw, first, rows, row, packed);
-    for (int64_t j = 0; j < panels; j++)
-      for (int64_t r = 0; r < rows; r += PRODUCT_ROWS) {
-        tile_float(s->channels, packed + r * s->channels, right + j * s->channels * width, tile,
-                   fetch_part(right + (j + 1) * s->channels * width, s->channels * width, r / PRODUCT_ROWS,
-                              divide_up(rows, PRODUCT_ROWS), s->channels));
-        finish_tile(s, t, smaller(PRODUCT_ROWS, rows - r), row + r, j * width, tile);
-      }
-    for (int64_t r = 0; r < rows; r++)
-      t->sums[(first + r) / t->taps] += total(row[r].sum);
-  }
-}
-
-/* ---- products: b's gradient, a^T . dW over all outputs of a group, with their scales ---- */
-
-/* Some of b's rows and columns in one group. */
-typedef struct {
-  int64_t group, row, rows, column, columns;
-} product_block;
-
-/* Steps of the sum: rows of (o, used tap) in `a` and dW, and the scale of each. */
-typedef struct {
-  int64_t count;
-  const float *a[PRODUCT_DEPTH], *dw[PRODUCT_DEPTH];
-  float scale[PRODUCT_DEPTH];
-} product_steps;
-
-static void find_steps(const squeezing *s, const squeeze_term *t, const float *dw, int64_t first,
-                       product_steps *steps) {
-  int64_t taps = larger(1, t->taps), o = first / taps, tap = first % taps;
-  for (int64_t k = 0; k < steps->count; k++) {
-    steps->a[k] = (const float *)t->term->a.data + (o * t->own + t->source[tap]) * t->inner;
-    steps->dw[k] = dw + (o * s->taps + t->place[tap]) * s->channels;
-    steps->scale[k] = scale_of(t->term, o);
-    if (++tap == t->taps)
-      tap = 0, o++;
-  }
-}
-
-static void product_block_gradient(const squeezing *s, const squeeze_term *t, const float *dw, const product_block *b,
-                                   float *packed) {
-  float tile[PRODUCT_ROWS * PRODUCT_MOST_COLUMNS] __attribute__((aligned(64)));
-  int64_t start = b->group * s->outputs * t->taps, end = start + s->outputs * t->taps, width = PRODUCT_COLUMNS(float);
-  float *panel = packed + PRODUCT_BLOCK * PRODUCT_DEPTH;
-  float *db = (float *)t->term->db.data + (b->group * t->inner + b->row) * s->channels;
-  int64_t first = start;
-  do {
-    product_steps steps = {.count = smaller(PRODUCT_DEPTH, end - first)};
-    find_steps(s, t, dw, first, &steps);
-    for (int64_t r = 0; r < b->rows; r += PRODUCT_ROWS)
-      pack_rows(steps.count, PRODUCT_ROWS, t->inner - b->row - r, steps.a, b->row + r, steps.scale,
-                packed + r * steps.count);
-    for (int64_t j = b->column; j < b->column + b->columns; j += width) {
-      pack_rows(steps.count, width, s->channels - j, steps.dw, j, NULL, panel);
-      for (int64_t r0 = 0; r0 < b->rows; r0 += PRODUCT_ROWS) {
-        tile_float(steps.count, packed + r0 * steps.count, panel, tile, (fetch){(const char *)panel, 0});
-        for (int64_t r = 0; r < smaller(PRODUCT_ROWS, b->rows - r0); r++)
-          if (first > start)
-            add_scaled(smaller(width, s->channels - j), 1, tile + r * width, db + (r0 + r) * s->channels + j);
-          else
-            put_scaled(smaller(width, s->channels - j), 1, tile + r * width, db + (r0 + r) * s->channels + j);
-      }
-    }
-    first += steps.count;
-  } while (first < end);
-}
-
 /* ---- all of it ---- */
 
-/* How the three kinds of work are cut. */
+/* How outputs are cut: into chunks, and these into parts of which products are taken at a time. Not by threads: a
+ * depthwise term's sums depend on it. */
 typedef struct {
-  int threads;
-  int64_t pass, pass_chunks; /* outputs of a chunk of the pass, chunks of a group */
-  int64_t rows, row_chunks;  /* the same for products by rows */
-  int64_t buffer;            /* floats of each thread's scratch */
+  int64_t part, outputs, chunks; /* outputs of a part and of a chunk; chunks of a group */
+  int64_t strip, buffer;         /* floats of a thread's scratch: of the pass, of all */
 } division;
 
-static division divide(const squeezing *s, int threads) {
-  division d = {.threads = threads};
-  d.pass = larger(8, divide_up(s->outputs, 16)); /* not by threads: partial sums depend on it */
-  d.pass_chunks = larger(1, divide_up(s->outputs, d.pass));
-  d.rows = even_chunk(s->outputs, larger(1, PRODUCT_BLOCK / larger(1, s->taps)), s->groups < threads ? threads : 1);
-  d.row_chunks = divide_up(s->outputs, d.rows);
+enum { MOST_CHUNKS = 20 /* as each has its own sums */ };
+
+static division divide(const squeezing *s) {
+  division d = {.part = chunk_outputs(s)};
+  d.outputs = d.part * larger(1, divide_up(divide_up(s->outputs, d.part), MOST_CHUNKS));
+  d.chunks = larger(1, divide_up(s->outputs, d.outputs));
   int64_t most = strip_outputs(s), point = s->most_inner[1] * LANES;
-  int64_t strip_size =
-      most * (s->taps + s->most_inner[1]) * SQUEEZE_CHANNELS + 2 * point + divide_up(s->taps, LANES) * LANES;
-  int64_t rows_size = PRODUCT_BLOCK * divide_up(s->channels, 16) * 16;
-  int64_t block_size = (PRODUCT_BLOCK + PRODUCT_COLUMNS(float)) * PRODUCT_DEPTH;
-  d.buffer = larger(strip_size, s->most_inner[0] ? larger(rows_size, block_size) : 0);
+  d.strip = most * (s->taps + s->most_inner[1]) * SQUEEZE_CHANNELS + 2 * point + divide_up(s->taps, LANES) * LANES;
+  d.strip = divide_up(d.strip, 16) * 16;
+  int64_t products = larger(KERNEL(squeeze_rows_scratch)(s), KERNEL(squeeze_sum_scratch)(s));
+  d.buffer = divide_up(d.strip + products, 16) * 16;
   return d;
 }
 
-static void pass_gradients(const squeezing *s, const float *dw, const division *d, float *buffer) {
+static strip new_strip(const squeezing *s, float *buffer) {
   int64_t most = strip_outputs(s);
   strip p = {.dw = buffer};
   p.scaled = p.dw + most * s->taps * SQUEEZE_CHANNELS;
   p.point = p.scaled + most * s->most_inner[1] * SQUEEZE_CHANNELS;
   p.dpoint = p.point + s->most_inner[1] * LANES;
   p.pattern = p.dpoint + s->most_inner[1] * LANES;
-#pragma omp for nowait
-  for (int64_t k = 0; k < s->groups * d->pass_chunks; k++) {
-    int64_t first = k % d->pass_chunks * d->pass;
-    p.group = k / d->pass_chunks;
-    p.o = p.group * s->outputs + first;
-    pass_outputs(s, dw, k % d->pass_chunks, smaller(d->pass, s->outputs - first), &p);
-  }
+  return p;
 }
 
-static void product_gradients(const squeezing *s, const squeeze_term *t, const float *dw, const division *d,
-                              float *buffer) {
-  if (wants_rows(t->term)) {
-#pragma omp for nowait
-    for (int64_t k = 0; k < s->groups * d->row_chunks; k++) {
-      int64_t group = k / d->row_chunks, first = k % d->row_chunks * d->rows;
-      product_rows_gradient(s, t, dw, group, group * s->outputs + first, smaller(d->rows, s->outputs - first), buffer);
-    }
+/* What is read after the products of a part, or with those of the part that begins with output `next`. */
+static void list_later(const squeezing *s, const float *dw, output_range range, int64_t next, fetch_list *later) {
+  int64_t tiles = 0, row = s->taps * s->channels;
+  later->arrays = later->array = 0;
+  for (int k = 0; k < s->count; k++) {
+    const squeeze_term *t = &s->terms[k];
+    int64_t size = output_size(s, t);
+    fetch_add(later, (const float *)t->term->a.data + range.o * size, range.outputs * size);
+    if (t->term->kind == TERM_PRODUCT)
+      tiles += divide_up(t->inner, PRODUCT_COLUMNS(float)) * (range.outputs * t->taps / PRODUCT_ROWS / 2);
   }
-  if (t->term->db.data) {
-    /* Blocks of rows, each with all columns; where these are too few for the threads, with some. */
-    int64_t rows = even_chunk(t->inner, PRODUCT_BLOCK, 1), down = divide_up(t->inner, rows), blocks = s->groups * down;
-    int64_t panels = divide_up(s->channels, PRODUCT_COLUMNS(float)), parts = blocks < 4 * d->threads ? d->threads : 1;
-    int64_t columns = even_chunk(panels, larger(1, panels), parts) * PRODUCT_COLUMNS(float);
-    int64_t across = divide_up(s->channels, columns);
-#pragma omp for nowait
-    for (int64_t k = 0; k < blocks * across; k++) {
-      int64_t row = k / across % down * rows, column = k % across * columns;
-      product_block b = {k / across / down, row, smaller(rows, t->inner - row), column,
-                         smaller(columns, s->channels - column)};
-      product_block_gradient(s, t, dw, &b, buffer);
-    }
+  fetch_add(later, dw + next * row, larger(0, smaller(range.outputs, (range.group + 1) * s->outputs - next)) * row);
+  fetch_spread(later, tiles);
+}
+
+/* Of the outputs of one chunk: all gradients but those of products' b. */
+static void chunk_gradients(const squeezing *s, const float *dw, const division *d, int64_t chunk, output_range all,
+                            int64_t after, float *buffer) {
+  strip p = new_strip(s, buffer);
+  int64_t end = all.o + all.outputs;
+  begin_chunk(s, all, chunk);
+  for (int64_t o = all.o; o < end; o += d->part) {
+    output_range range = {all.group, o, smaller(d->part, end - o)};
+    fetch_list later;
+    list_later(s, dw, range, o + d->part < end ? o + d->part : after, &later);
+    for (int k = 0; k < s->count; k++)
+      if (s->terms[k].term->kind == TERM_PRODUCT && wants_rows(s->terms[k].term))
+        KERNEL(squeeze_rows_gradient)(s, &s->terms[k], dw, range, &later, buffer + d->strip);
+    pass_outputs(s, dw, chunk, range, &p);
   }
 }
 
@@ -519,27 +366,34 @@ device_status KERNEL(squeeze_backward)(device_context *context, int64_t groups, 
   if (!KERNEL(squeeze_describe)(&s, groups, dw, taps, count, terms))
     return DEVICE_UNSUPPORTED;
   bool parallel = 2 * s.work > SQUEEZE_PARALLEL;
-  division d = divide(&s, parallel ? omp_get_max_threads() : 1);
+  int threads = parallel ? omp_get_max_threads() : 1;
+  division d = divide(&s);
   squeeze_scratch scratch = {NULL, 0};
-  KERNEL(squeeze_lay_out)(&s, &scratch, terms, d.pass_chunks);
-  take(&scratch, d.threads * d.buffer, sizeof(float));
+  KERNEL(squeeze_lay_out)(&s, &scratch, terms, d.chunks);
+  take(&scratch, threads * d.buffer, sizeof(float));
   scratch = (squeeze_scratch){context->workspace(context, scratch.used), 0};
   if (!scratch.memory)
     return DEVICE_FAILED;
-  KERNEL(squeeze_lay_out)(&s, &scratch, terms, d.pass_chunks);
-  float *buffers = take(&scratch, d.threads * d.buffer, sizeof(float));
-#pragma omp parallel if (parallel) num_threads(d.threads)
+  KERNEL(squeeze_lay_out)(&s, &scratch, terms, d.chunks);
+  float *buffers = take(&scratch, threads * d.buffer, sizeof(float));
+#pragma omp parallel if (parallel) num_threads(threads)
   {
     float *buffer = buffers + omp_get_thread_num() * d.buffer;
     KERNEL(squeeze_pack_depthwise)(&s);
-    pack_products(&s);
+    KERNEL(squeeze_pack_rows)(&s);
 #pragma omp barrier
-    pass_gradients(&s, dw->data, &d, buffer);
+#pragma omp for schedule(static, 1) nowait
+    for (int64_t k = 0; k < groups * d.chunks; k++) {
+      int64_t first = k % d.chunks * d.outputs, group = k / d.chunks, o = group * s.outputs + first;
+      output_range range = {group, o, smaller(d.outputs, s.outputs - first)};
+      chunk_gradients(&s, dw->data, &d, k % d.chunks, range, o + threads * d.outputs, buffer);
+    }
     for (int k = 0; k < count; k++)
-      if (s.terms[k].term->kind == TERM_PRODUCT)
-        product_gradients(&s, &s.terms[k], dw->data, &d, buffer);
+      if (s.terms[k].term->kind == TERM_PRODUCT && terms[k].db.data)
+        KERNEL(squeeze_sum_gradient)(&s, &s.terms[k], dw->data, threads, buffer + d.strip);
+    stream_end();
 #pragma omp barrier
-    finish_deep_gradients(&s, d.pass_chunks);
+    finish_deep_gradients(&s, d.chunks);
   }
   for (int k = 0; k < count; k++)
     if (terms[k].dscale.data)
