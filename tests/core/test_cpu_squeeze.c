@@ -312,9 +312,10 @@ static problem random_problem(uint64_t seed) {
 static void test_blocks(void **state) {
   (void)state;
   static const int64_t shapes[][4] = {/* groups, outputs, channels of a group, kernel size */
-                                      {1, 16, 16, 3},  {1, 64, 3, 3},  {1, 40, 24, 3}, {2, 24, 12, 5}, {8, 32, 4, 3},
-                                      {32, 64, 2, 3},  {24, 24, 1, 3}, {12, 24, 1, 7}, {1, 96, 64, 3}, {1, 64, 128, 3},
-                                      {1, 128, 96, 1}, {4, 32, 40, 2}, {1, 1, 1, 3}};
+                                      {1, 16, 16, 3}, {1, 64, 3, 3},   {1, 40, 24, 3},  {2, 24, 12, 5},
+                                      {8, 32, 4, 3},  {32, 64, 2, 3},  {24, 24, 1, 3},  {12, 24, 1, 7},
+                                      {1, 96, 64, 3}, {1, 64, 128, 3}, {1, 128, 96, 1}, {4, 32, 40, 2},
+                                      {1, 1, 1, 3},   {1, 300, 16, 3}, {1, 64, 288, 1}};
   for (size_t n = 0; n < sizeof shapes / sizeof *shapes; n++) {
     problem p = orepa_problem(shapes[n][0], shapes[n][1], shapes[n][2], shapes[n][3]);
     check(&p);
