@@ -31,7 +31,7 @@ static void pack_products(const squeezing *s) {
 /* Some outputs of a group: what is worked on at a time, and what is fetched on the way. */
 typedef struct {
   int64_t group, o, outputs; /* o: the first, of all */
-  float *products;           /* their sum: [output][tap][channel], rows `row` apart */
+  float *products;           /* their sum: [output][tap][channel], rows `row` apart; w itself where nothing streams */
   int64_t row;
   fetch_list later;
 } output_chunk;
@@ -265,7 +265,7 @@ static void squeeze_output(const squeezing *s, float *w, const output_chunk *c, 
 }
 
 static void squeeze_chunk(const squeezing *s, float *w, output_chunk *c, int64_t next, const squeeze_buffers *b) {
-  c->products = b->products;
+  c->products = b->products ? b->products : w + c->o * s->taps * s->channels;
   list_later(s, c, next);
   bool written = multiply_all(s, c, b->packed);
   for (int64_t block = 0; block < s->blocks; block++)
@@ -276,19 +276,20 @@ static void squeeze_chunk(const squeezing *s, float *w, output_chunk *c, int64_t
 /* How outputs are cut into chunks, and what a thread's scratch holds, in floats. */
 typedef struct {
   int64_t outputs, chunks; /* of a chunk; chunks of a group */
-  int64_t row;             /* of the products: whole tiles, and more, as rows a power of two apart share cache sets */
+  int64_t row; /* of the products: those of w, or whole tiles and more, as rows a power of two apart share cache sets */
   int64_t sum, pattern, point, products, packed, all;
 } division;
 
 static division divide(const squeezing *s, const device_term *terms, int threads) {
-  division d = {.row = packed_size(s->channels, PRODUCT_COLUMNS(float), 1) + 16};
+  bool in_place = !STREAMS && s->channels % PRODUCT_COLUMNS(float) == 0;
+  division d = {.row = in_place ? s->channels : packed_size(s->channels, PRODUCT_COLUMNS(float), 1) + 16};
   d.outputs = even_chunk(s->outputs, chunk_outputs(s), s->groups < threads ? threads : 1);
   d.chunks = divide_up(s->outputs, d.outputs);
   d.sum = s->taps * SQUEEZE_CHANNELS;
   d.pattern = divide_up(s->taps, 16) * 16;
   d.point = s->most_inner[1] * SQUEEZE_CHANNELS;
   for (int k = 0; k < s->count; k++)
-    if (terms[k].kind == TERM_PRODUCT)
+    if (terms[k].kind == TERM_PRODUCT && !in_place)
       d.products = d.outputs * s->taps * d.row;
   d.packed = divide_up(s->most_inner[0], 16) * 16 * PRODUCT_BLOCK;
   d.all = d.sum + d.pattern + d.point + d.products + d.packed;
@@ -299,8 +300,8 @@ static squeeze_buffers cut(const division *d, float *memory) {
   squeeze_buffers b = {.sum = memory};
   b.pattern = b.sum + d->sum;
   b.point = b.pattern + d->pattern;
-  b.products = b.point + d->point;
-  b.packed = b.products + d->products;
+  b.packed = b.point + d->point;
+  b.products = d->products ? b.packed + d->packed : NULL;
   return b;
 }
 

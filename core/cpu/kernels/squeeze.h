@@ -171,6 +171,7 @@ static ALWAYS_INLINE void eights_to_lanes(const float *from, float *to) {
   store_eight(to, v);
 }
 
+/* Back, past the caches. */
 static ALWAYS_INLINE void lanes_to_eights(const float *from, float *to) {
   float_lanes v[8], next[8];
   load_eight(from, v);
@@ -184,7 +185,12 @@ static ALWAYS_INLINE void lanes_to_eights(const float *from, float *to) {
     for (int k = 0; k < 8; k++)
       v[k] = next[k];
   }
-  store_eight(to, v);
+  if (STREAMS && (uintptr_t)to % 64 == 0)
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; k++)
+      stream_lanes(to + k * LANES, v[k]);
+  else
+    store_eight(to, v);
 }
 #else
 static inline void eights_to_lanes(const float *from, float *to) {

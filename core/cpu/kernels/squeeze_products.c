@@ -149,29 +149,27 @@ static void find_run(const squeezing *s, const squeeze_term *t, const float *dw,
   }
 }
 
-/* A run's rows in panels of `width`, row by row: so they are read as they lie in memory. */
-static void pack_run(int64_t depth, int64_t width, int64_t count, const float *const *row, const float *factor,
-                     float *packed) {
-  for (int64_t k = 0; k < depth; k++)
-    for (int64_t first = 0; first < count; first += width)
-      pack_step(width, count - first, factor ? factor[k] : 1, row[k] + first, packed + first * depth + k * width);
+/* Floats of a run's panel, and some more, as panels a power of two apart share cache sets. */
+static ALWAYS_INLINE int64_t panel_stride(int64_t width) {
+  return PRODUCT_DEPTH * width + 16;
 }
 
-/* Tile n of a run asks for row n of the next one: in `a` or dW, by turns. */
-static fetch fetch_run(const product_run *next, const product_block *b, int64_t n, int64_t depth) {
-  int64_t k = n / 2;
-  if (k >= next->count)
-    return (fetch){(const char *)next, 0};
-  return n % 2 ? fetch_part(next->a[k], b->rows, 0, 1, depth) : fetch_part(next->dw[k], b->columns, 0, 1, depth);
+/* A run's rows in panels of `width`, row by row: so they are read as they lie in memory. */
+static ALWAYS_INLINE void pack_run(int64_t depth, int64_t width, int64_t count, const float *const *row,
+                                   const float *factor, float *packed) {
+  for (int64_t k = 0; k < depth; k++) {
+    float *to = packed + k * width;
+    for (int64_t first = 0; first < count; first += width, to += panel_stride(width))
+      pack_step(width, count - first, factor ? factor[k] : 1, row[k] + first, to);
+  }
 }
 
 static void multiply_run(const product_block *b, bool add, int64_t depth, const float *left, const float *right,
-                         const product_run *next, float *tiles) {
-  int64_t width = PRODUCT_COLUMNS(float), n = 0;
-  for (int64_t j = 0; j < b->columns; j += width)
-    for (int64_t r = 0; r < b->rows; r += PRODUCT_ROWS, n++)
-      tile_float(add, depth, left + r * depth, right + j * depth, tiles + n * PRODUCT_ROWS * width,
-                 fetch_run(next, b, n, depth));
+                         float *tiles) {
+  const int64_t width = PRODUCT_COLUMNS(float), pieces = divide_up(b->rows, PRODUCT_ROWS);
+  for (int64_t n = 0; n < divide_up(b->columns, width) * pieces; n++)
+    tile_float(add, depth, left + n % pieces * panel_stride(PRODUCT_ROWS), right + n / pieces * panel_stride(width),
+               tiles + n * PRODUCT_ROWS * width, (fetch){(const char *)left, 0});
 }
 
 /* Tiles lie panel by panel; the block is written row by row. */
@@ -190,29 +188,25 @@ static void write_tiles(const squeezing *s, const product_block *b, const float 
 
 static void block_gradient(const squeezing *s, const squeeze_term *t, const float *dw, const product_block *b,
                            float *scratch) {
-  float *right = scratch, *tiles = right + packed_size(b->columns, PRODUCT_COLUMNS(float), PRODUCT_DEPTH);
-  float *left = tiles + packed_size(b->columns, PRODUCT_COLUMNS(float), packed_size(b->rows, PRODUCT_ROWS, 1));
+  float *right = scratch,
+        *left = right + divide_up(b->columns, PRODUCT_COLUMNS(float)) * panel_stride(PRODUCT_COLUMNS(float));
+  float *tiles = left + divide_up(b->rows, PRODUCT_ROWS) * panel_stride(PRODUCT_ROWS);
   int64_t start = b->group * s->outputs * t->taps, end = start + s->outputs * t->taps, first = start;
-  product_run runs[2] = {{.count = smaller(PRODUCT_DEPTH, end - first)}}, *run = runs, *next = runs + 1;
-  find_run(s, t, dw, b, first, run);
   do {
-    int64_t depth = run->count;
-    next->count = smaller(PRODUCT_DEPTH, end - first - depth);
-    find_run(s, t, dw, b, first + depth, next);
-    pack_run(depth, PRODUCT_ROWS, b->rows, run->a, run->scale, left);
-    pack_run(depth, PRODUCT_COLUMNS(float), b->columns, run->dw, NULL, right);
-    multiply_run(b, first > start, depth, left, right, next, tiles);
-    first += depth;
-    product_run *done = run;
-    run = next, next = done;
+    product_run run = {.count = smaller(PRODUCT_DEPTH, end - first)};
+    find_run(s, t, dw, b, first, &run);
+    pack_run(run.count, PRODUCT_ROWS, b->rows, run.a, run.scale, left);
+    pack_run(run.count, PRODUCT_COLUMNS(float), b->columns, run.dw, NULL, right);
+    multiply_run(b, first > start, run.count, left, right, tiles);
+    first += run.count;
   } while (first < end);
   write_tiles(s, b, tiles, (float *)t->term->db.data + (b->group * t->inner + b->row) * s->channels + b->column);
 }
 
 int64_t KERNEL(squeeze_sum_scratch)(const squeezing *s) {
-  int64_t rows = smaller(SUM_PIECES, divide_up(s->most_inner[0], PRODUCT_ROWS)) * PRODUCT_ROWS;
-  int64_t columns = smaller(SUM_PANELS, divide_up(s->channels, PRODUCT_COLUMNS(float))) * PRODUCT_COLUMNS(float);
-  return rows ? (rows + columns) * PRODUCT_DEPTH + rows * columns : 0;
+  int64_t width = PRODUCT_COLUMNS(float), pieces = smaller(SUM_PIECES, divide_up(s->most_inner[0], PRODUCT_ROWS));
+  int64_t panels = smaller(SUM_PANELS, divide_up(s->channels, width));
+  return pieces * (panel_stride(PRODUCT_ROWS) + panels * PRODUCT_ROWS * width) + panels * panel_stride(width);
 }
 
 void KERNEL(squeeze_sum_gradient)(const squeezing *s, const squeeze_term *t, const float *dw, int threads,
