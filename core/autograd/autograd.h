@@ -25,11 +25,14 @@ typedef struct {
   uint64_t version;
 } autograd_saved;
 
-/* Where a gradient goes: to a node, or to a leaf's grad, or nowhere. */
+/* Where a gradient goes: to an output of a node, or to a leaf's grad, or nowhere. */
 typedef struct {
   autograd_node *node;
+  int output;
   orepa_tensor *leaf;
 } autograd_edge;
+
+typedef struct autograd_arrival autograd_arrival; /* gradients on their way, of one pass */
 
 struct autograd_node {
   const autograd_op *op;
@@ -39,10 +42,15 @@ struct autograd_node {
   autograd_edge *edges;
   int slots;
   autograd_saved *saved;
-  orepa_tensor *gradient; /* while a backward pass is under way */
-  autograd_node *next;    /* in the list of nodes being freed */
-  bool used;              /* by a backward pass that freed it */
-  bool takes_sums;        /* its backward makes good use of a gradient that is promised to be a sum; the op says so */
+  int outputs;
+  /* Where there may be several, set by the op, whose own backward is not called then: dys[k] is NULL if no gradient
+   * arrived at output k. */
+  int (*backward_all)(autograd_node *node, orepa_tensor *const *dys, orepa_tensor **dx);
+  autograd_arrival *arriving; /* while a backward pass is under way, of the innermost one that came here */
+  autograd_node *next;        /* in the list of nodes being freed */
+  bool used;                  /* by a backward pass that freed it */
+  bool busy;                  /* its backward is running */
+  bool takes_sums; /* its backward makes good use of a gradient that is promised to be a sum; the op says so */
   void *payload;
 };
 
@@ -52,6 +60,12 @@ int autograd_record(const autograd_op *op, orepa_tensor *y, orepa_tensor *const 
                     size_t payload_bytes, autograd_node **node);
 /* Whether autograd_record would make a node. */
 bool autograd_wanted(orepa_tensor *const *inputs, int count);
+/* A node by itself, without output; autograd_record is this and autograd_attach, for ops of one output. The node is
+ * given back with autograd_node_release. */
+autograd_node *autograd_new(const autograd_op *op, orepa_tensor *const *inputs, int count, int slots,
+                            size_t payload_bytes);
+/* Makes y, which no op computed, output number `output` of the node. */
+void autograd_attach(autograd_node *node, int output, orepa_tensor *y);
 /* Saves a tensor's storage, never its node. NULL is allowed. */
 void autograd_save(autograd_node *node, int slot, orepa_tensor *t);
 /* Borrowed; NULL and a message if it was changed since. (A slot that holds nothing gives NULL too, without one.) */
@@ -63,6 +77,16 @@ int autograd_check_in_place(const char *op, orepa_tensor *t, bool recorded);
 /* Moves the history of t behind the node of `made`, an alias of t that an op recorded: t is now what the op made. */
 void autograd_rebase(orepa_tensor *t, orepa_tensor *made);
 
+autograd_node *autograd_node_retain(autograd_node *node);
 void autograd_node_release(autograd_node *node);
+/* Gives up all that the node holds: a pass came through. */
+void autograd_node_use_up(autograd_node *node);
+
+/* For a backward function: lets the gradient dy of y go on into y's graph, in the pass that is under way. */
+int autograd_continue(orepa_tensor *y, orepa_tensor *dy);
+
+/* Ops that would be recorded are not while there is a stand-in: results that require a gradient get it as their node
+ * instead of one of their own. Everything else is as if they were. NULL: ops are recorded. Gives back what was. */
+autograd_node *autograd_set_stand_in(autograd_node *node);
 
 #endif

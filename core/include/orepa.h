@@ -187,6 +187,32 @@ OREPA_API int orepa_set_autocast(orepa_dtype dtype);
  * device, 0 says no. */
 OREPA_API bool orepa_bfloat16_pays(const orepa_device *device);
 
+/* ---- checkpoints: part of a computation whose maps are not kept for the backward pass but computed again in it
+ * ------- */
+
+typedef struct {
+  /* Computes the results from the inputs again: new references, as many as there were. 0, or -1 with a message; what
+   * stands in ys is released either way. */
+  int (*recompute)(void *payload, int inputs, orepa_tensor *const *xs, int outputs, orepa_tensor **ys);
+  /* Frees the payload; when the graph is freed, on whatever occasion. */
+  void (*dispose)(void *payload);
+} orepa_recompute;
+
+typedef struct orepa_checkpoint orepa_checkpoint;
+
+/* Whether ops of this thread are recorded: gradients are enabled, and no checkpoint's first pass is under way. */
+OREPA_API bool orepa_is_recording(void);
+/* Between begin and end the part is computed for the first time: ops do what they do while a graph is recorded, but
+ * keep nothing. Takes over the payload, by a failure too. */
+OREPA_API orepa_checkpoint *orepa_checkpoint_begin(const orepa_recompute *again, void *payload, int count,
+                                                   orepa_tensor *const *inputs);
+OREPA_API void orepa_checkpoint_end(orepa_checkpoint *c);
+/* After the end: new references to what the part gave, now with the checkpoint as their history where they need one. */
+OREPA_API int orepa_checkpoint_results(orepa_checkpoint *c, int count, orepa_tensor *const *ys, orepa_tensor **results);
+OREPA_API void orepa_checkpoint_release(orepa_checkpoint *c); /* ends it as well */
+/* Whether this thread is computing a part again. */
+OREPA_API bool orepa_is_recomputing(void);
+
 /* ---- views: the same storage, seen differently ------------------------------------------------------------------- */
 
 /* One size may be -1. A view where strides allow, else a copy: logical order is kept either way. */

@@ -172,10 +172,10 @@ int orepa_assign_(orepa_tensor *dst, int axis, int64_t first, int64_t last, orep
   autograd_node *node = NULL;
   int failed = !made || write_part(dst, axis, first, last, src, selects) ||
                autograd_record(&assign_op, made, inputs, 2, 0, sizeof(assign_payload), &node);
-  if (node) {
+  if (node)
     *(assign_payload *)node->payload = (assign_payload){axis, first, last, selects, payload_of(src)};
+  if (!failed)
     autograd_rebase(dst, made);
-  }
   orepa_release(made);
   return failed ? -1 : 0;
 }

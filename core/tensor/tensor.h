@@ -42,6 +42,7 @@ struct orepa_tensor {
   bool is_view;
   bool requires_grad;  /* of a leaf: asked for; of others: some input has it */
   autograd_node *node; /* what computed it; NULL: a leaf */
+  int output;          /* which of the node's outputs it is */
   orepa_tensor *grad;
 };
 

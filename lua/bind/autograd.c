@@ -1,7 +1,50 @@
-/* autograd.c: backward, requires_grad, and the regions: no_grad and autocast. */
+/* autograd.c: backward and what it calls in Lua, requires_grad, and the regions: no_grad and autocast. */
+#include <stdlib.h>
+
 #include "bind.h"
 
 #define BIND_GUARD "orepa.Guard"
+
+/* ---- callbacks ---- */
+
+/* A call of backward; calls nest where a callback makes one. */
+typedef struct backward_call {
+  lua_State *L;
+  int error; /* the place on L's stack for what a callback raised */
+  bool raised;
+  struct backward_call *outer;
+} backward_call;
+
+static _Thread_local backward_call *current;
+
+int bind_call_back(lua_CFunction f, void *argument) {
+  lua_State *L = current->L;
+  lua_pushcfunction(L, f);
+  lua_pushlightuserdata(L, argument);
+  if (lua_pcall(L, 1, 0, 0) == LUA_OK)
+    return 0;
+  lua_replace(L, current->error);
+  current->raised = true;
+  return -1;
+}
+
+static _Thread_local bind_reference *given_up;
+
+void bind_give_up(bind_reference *r) {
+  r->next = given_up;
+  given_up = r;
+}
+
+void bind_give_up_now(lua_State *L) {
+  while (given_up) {
+    bind_reference *r = given_up;
+    given_up = r->next;
+    luaL_unref(L, LUA_REGISTRYINDEX, r->reference);
+    free(r);
+  }
+}
+
+/* ---- backward ---- */
 
 static int l_backward(lua_State *L) {
   static const char *const known[] = {"retain_graph", NULL};
@@ -9,9 +52,17 @@ static int l_backward(lua_State *L) {
   int at = lua_istable(L, 2) ? 2 : 3;
   orepa_tensor *dy = at == 3 ? bind_tensor_or_nil(L, 2) : NULL;
   bool retain = bind_option_boolean(L, bind_options(L, at, "backward", known), "retain_graph", false);
-  if (orepa_backward(y, dy, retain))
-    return bind_fail(L);
-  return 0;
+  bind_tidy(L); /* what dead handles hold, the pass could not free on its way */
+  luaL_checkstack(L, 4, "backward");
+  lua_pushnil(L);
+  backward_call call = {L, lua_gettop(L), false, current};
+  current = &call;
+  int failed = orepa_backward(y, dy, retain);
+  current = call.outer;
+  bind_give_up_now(L);
+  if (failed && call.raised)
+    return lua_error(L);
+  return failed ? bind_fail(L) : 0;
 }
 
 static int l_requires_grad(lua_State *L) {
@@ -131,7 +182,8 @@ static const bind_row functions[] = {
      "get_autocast() -> string\nThe type of the autocast that is entered now; \"float32\": none.\n"
      "> orepa.get_autocast()"},
     {"is_grad_enabled", l_is_grad_enabled,
-     "is_grad_enabled() -> boolean\nWhether ops record a graph now.\n> orepa.is_grad_enabled()"},
+     "is_grad_enabled() -> boolean\nWhether ops record a graph now (or would, in a checkpoint).\n> "
+     "orepa.is_grad_enabled()"},
     {NULL, NULL, NULL},
 };
 

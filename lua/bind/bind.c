@@ -122,6 +122,15 @@ void bind_collect(lua_State *L) {
     collect(L);
 }
 
+/* A collection takes about as long as work on a few times the heap's bytes. */
+enum { HEAPS = 64 };
+
+void bind_tidy(lua_State *L) {
+  size_t heap = (size_t)lua_gc(L, LUA_GCCOUNT) << 10;
+  if (orepa_memory_live() / HEAPS > heap)
+    collect(L);
+}
+
 bool bind_retry(lua_State *L) {
   if (!orepa_error_is_out_of_memory())
     return false;

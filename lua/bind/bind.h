@@ -35,6 +35,8 @@ void bind_push(lua_State *L, orepa_tensor *t);             /* pushes a handle wi
 
 /* Collects garbage if the engine's live bytes have grown so far that dead handles probably hold them. */
 void bind_collect(lua_State *L);
+/* Collects if that costs little beside the work that the engine's live bytes stand for. */
+void bind_tidy(lua_State *L);
 /* After a failed call: whether memory ran out and garbage was collected, so that it is worth trying again. */
 bool bind_retry(lua_State *L);
 
@@ -58,6 +60,20 @@ bool bind_retry(lua_State *L);
     lua_settop(L, 1);                                                                                                  \
     return 1;                                                                                                          \
   } while (0)
+
+/* ---- callbacks: what the engine calls in Lua during a backward pass */
+/* Calls f, which gets `argument` as a light userdata, on the Lua state that called backward. 0, or -1; the error that f
+ * raised then goes on where backward was called. */
+int bind_call_back(lua_CFunction f, void *argument);
+/* A registry reference that is given up where no Lua state is at hand: the head of a block of malloc's, which is freed.
+ */
+typedef struct bind_reference {
+  int reference;
+  struct bind_reference *next;
+} bind_reference;
+void bind_give_up(bind_reference *r);
+/* Now; for the bindings that may have freed a graph. */
+void bind_give_up_now(lua_State *L);
 
 /* ---- arguments */
 /* Whether the value is a table whose keys are all strings. Mixed keys are an error; an empty table is a shape if it is
@@ -100,6 +116,7 @@ void bind_view_family(lua_State *L);
 void bind_elementwise_family(lua_State *L);
 void bind_functional_family(lua_State *L);
 void bind_autograd_family(lua_State *L);
+void bind_checkpoint_family(lua_State *L);
 void bind_system_family(lua_State *L);
 void bind_optimizer_family(lua_State *L);
 void bind_file_family(lua_State *L);

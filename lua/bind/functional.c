@@ -57,6 +57,8 @@ static int l_batch_norm(lua_State *L) {
     }
   orepa_norm norm = {bind_option_number(L, options, "eps", 1e-5), bind_option_number(L, options, "momentum", 0.1),
                      bind_option_boolean(L, options, "training", false)};
+  if (norm.training && orepa_is_recomputing()) /* this batch is in them */
+    channels[2] = channels[3] = NULL;
   BIND_RETURN(L, orepa_batch_norm(x, channels[0], channels[1], channels[2], channels[3], &norm));
 }
 

@@ -10,6 +10,7 @@ int luaopen_orepa_core(lua_State *L) {
   bind_elementwise_family(L);
   bind_functional_family(L);
   bind_autograd_family(L);
+  bind_checkpoint_family(L);
   bind_system_family(L);
   bind_optimizer_family(L);
   bind_file_family(L);

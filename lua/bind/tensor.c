@@ -356,6 +356,7 @@ static int l_release(lua_State *L) {
   orepa_tensor **handle = luaL_checkudata(L, 1, BIND_TENSOR), *t = *handle;
   *handle = NULL;
   orepa_release(t);
+  bind_give_up_now(L);
   return 0;
 }
 

@@ -102,7 +102,7 @@ end
 function BatchNorm2d:forward(x)
   local o = self.options
   local training = self.training or not o.track_running_stats
-  if training and o.track_running_stats then self.num_batches_tracked:add_(1) end
+  if training and o.track_running_stats and not core.is_recomputing() then self.num_batches_tracked:add_(1) end
   return F.batch_norm(x, { weight = self.weight, bias = self.bias, running_mean = self.running_mean,
     running_var = self.running_var, training = training, momentum = o.momentum, eps = o.eps })
 end

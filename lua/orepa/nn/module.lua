@@ -4,7 +4,7 @@
 local core = require "orepa.core"
 local document = require "orepa.document"
 
-local ORDER, BUFFERS, HOOKS = {}, {}, {} -- keys of an instance's private fields
+local ORDER, BUFFERS, HOOKS, WRAPPED = {}, {}, {}, {} -- keys of an instance's private fields
 local parameters = setmetatable({}, { __mode = "k" }) -- tensors that nn.Parameter made
 local hooks = 0 -- registered anywhere
 
@@ -92,12 +92,18 @@ function Module:each(visit)
   each_field(self, visit)
 end
 
+-- What a module wraps (nn.checkpoint) is called "" and has the same path.
+local function join(prefix, name)
+  if name == "" then return prefix end
+  return prefix == "" and name or prefix .. "." .. name
+end
+
 local function walk(module, prefix, seen, visit)
   if seen[module] then return end
   seen[module] = true
   visit(prefix, module)
   module:each(function(name, value, kind)
-    if kind == "module" then walk(value, prefix == "" and name or prefix .. "." .. name, seen, visit) end
+    if kind == "module" then walk(value, join(prefix, name), seen, visit) end
   end)
 end
 
@@ -107,10 +113,6 @@ local function iterator(list)
     k = k + 1
     if list[k] then return list[k][1], list[k][2] end
   end
-end
-
-local function join(prefix, name)
-  return prefix == "" and name or prefix .. "." .. name
 end
 
 -- {path, value, owner, name} of all fields of a kind; a tensor that is shared counts once.
@@ -184,7 +186,7 @@ local function owner_of(self, path)
   local owner, field
   walk(self, "", {}, function(prefix, module)
     module:each(function(name, _, kind)
-      if kind == "module" and join(prefix, name) == path then owner, field = module, name end
+      if kind == "module" and name ~= "" and join(prefix, name) == path then owner, field = module, name end
     end)
   end)
   return owner, field
@@ -395,7 +397,11 @@ local internal = {
   Parameter = Parameter,
   -- Whether a handle that one of the library's layers made and another takes may be released: no hook saw it, and neither
   -- is a class of the user's.
-  is_library = function(module) return rawget(getmetatable(module).__index, "library") == true end,
+  is_library = function(module)
+    while rawget(module, WRAPPED) do module = rawget(module, WRAPPED) end
+    return rawget(getmetatable(module).__index, "library") == true
+  end,
+  WRAPPED = WRAPPED, -- the key of what a module wraps
   no_hooks = function() return hooks == 0 end,
   -- Parameters that deploying took away, so that an optimizer that still holds them can say so.
   deployed_away = setmetatable({}, { __mode = "k" }),
