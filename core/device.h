@@ -116,6 +116,8 @@ typedef struct {
   double rate, decay;
 } device_sgd_item;
 
+enum { DEVICE_PAGE = 4096 };
+
 struct orepa_device {
   int version; /* DEVICE_TABLE_VERSION */
   const char *name;
@@ -123,6 +125,9 @@ struct orepa_device {
   /* ---- memory: raw blocks, aligned to 64 bytes. The engine's allocator caches them. */
   void *(*allocate)(device_context *, size_t bytes); /* NULL: the system gave none (no message) */
   void (*deallocate)(device_context *, void *memory, size_t bytes);
+  /* Blocks of this size and more may be deallocated in other pieces than they were allocated in, of whole
+   * DEVICE_PAGEs, and neighbours are one: the engine cuts and joins them. 0: none may. */
+  size_t divisible;
   /* Bytes that may be allocated now beside what is held, without the system running out. */
   size_t (*available)(device_context *);
   device_status (*upload)(device_context *, void *device, const void *host, size_t bytes);

@@ -12,7 +12,11 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { TEXT = 4096, ALIGNMENT = 64, LARGE = 4 << 20, HUGE_PAGE = 2 << 20, SLAB = 32 << 20, SPARE = 512 << 20 };
+#include "device.h"
+#include "ranges.h"
+
+enum { TEXT = 4096, ALIGNMENT = 64, SPARE = 512 << 20 };
+enum { IN_REGION = 256 << 10, LARGE = 4 << 20, HUGE_PAGE = 2 << 20, SLAB = 32 << 20, LEAST_REGION = 1 << 30 };
 
 /* ---- what is left ---- */
 
@@ -101,10 +105,12 @@ size_t host_available(const char *root) {
 
 /* ---- blocks ----
  *
- * Large ones come from the system one by one. Smaller ones are cut from slabs, one behind the other, so that they lie
- * on huge pages too: a network's parameters and gradients are some hundred small blocks, and a step walks through all
- * of them. A freed block's pages go back at once, its addresses when its slab is empty; reuse is the business of the
- * engine's allocator. Under the address sanitizer every block is malloc's, so that what lies beyond its end is known.
+ * Large ones lie in one region of addresses, cut from its free ranges: they are neighbours, and may be given back in
+ * other pieces. Small ones are cut from slabs, one behind the other. So all lie on huge pages: a network's parameters
+ * and gradients are some hundred small blocks, and a step walks through all of them. A freed block's pages go back at
+ * once, a slab's addresses when it is empty; reuse is the business of the engine's allocator. Under the address
+ * sanitizer every block is malloc's, so that what lies beyond its end is known; where no region can be had, large ones
+ * are.
  */
 
 #ifdef MADV_HUGEPAGE
@@ -126,13 +132,73 @@ static void *allocate_alone(size_t bytes) {
   return memory;
 }
 
-static bool is_cut(size_t bytes) {
 #ifdef __SANITIZE_ADDRESS__
-  (void)bytes;
-  return false;
+enum { SANITIZED = true };
 #else
-  return bytes < LARGE;
+enum { SANITIZED = false };
 #endif
+
+/* ---- large ones ---- */
+
+static struct {
+  pthread_once_t once;
+  pthread_mutex_t lock;
+  char *start; /* NULL: there is none */
+  size_t bytes;
+  range_set free;
+} region = {.once = PTHREAD_ONCE_INIT, .lock = PTHREAD_MUTEX_INITIALIZER};
+
+/* Addresses alone: a few times what the machine has, so that holes don't matter; less where a process may not. */
+static void region_make(void) {
+  size_t wanted = 4 * (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE) / HUGE_PAGE * HUGE_PAGE;
+  for (; !SANITIZED && !region.start && wanted >= LEAST_REGION; wanted = wanted / 2 / HUGE_PAGE * HUGE_PAGE) {
+    char *memory = mmap(NULL, wanted, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED)
+      continue;
+    size_t before = (size_t)(-(uintptr_t)memory % HUGE_PAGE);
+    region.start = memory + before;
+    region.bytes = wanted - before;
+    want_huge_pages(region.start, region.bytes);
+    if (!ranges_put(&region.free, region.start, region.bytes))
+      region.start = NULL;
+  }
+}
+
+static bool is_in_region(const char *memory) {
+  return region.start && memory >= region.start && memory < region.start + region.bytes;
+}
+
+static size_t whole_pages(size_t bytes) {
+  return (bytes + DEVICE_PAGE - 1) / DEVICE_PAGE * DEVICE_PAGE;
+}
+
+static void *region_allocate(size_t bytes) {
+  pthread_mutex_lock(&region.lock);
+  void *memory = ranges_take(&region.free, bytes);
+  if (memory && mprotect(memory, bytes, PROT_READ | PROT_WRITE)) {
+    ranges_put(&region.free, memory, bytes); /* what cannot be put there is lost: addresses, no memory */
+    memory = NULL;
+  }
+  pthread_mutex_unlock(&region.lock);
+  return memory;
+}
+
+static void region_deallocate(void *memory, size_t bytes) {
+  madvise(memory, bytes, MADV_DONTNEED);
+  pthread_mutex_lock(&region.lock);
+  ranges_put(&region.free, memory, bytes);
+  pthread_mutex_unlock(&region.lock);
+}
+
+size_t host_divisible(void) {
+  pthread_once(&region.once, region_make);
+  return region.start ? IN_REGION : 0;
+}
+
+/* ---- small ones ---- */
+
+static bool is_cut(size_t bytes) {
+  return !SANITIZED && bytes < LARGE;
 }
 
 /* At the start of SLAB bytes that are aligned to their size. */
@@ -147,15 +213,15 @@ static struct {
 } slabs = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
 static slab *slab_new(void) {
-  char *region = mmap(NULL, 2 * (size_t)SLAB, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (region == MAP_FAILED)
+  char *mapped = mmap(NULL, 2 * (size_t)SLAB, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED)
     return NULL;
-  size_t before = (size_t)(-(uintptr_t)region % SLAB);
+  size_t before = (size_t)(-(uintptr_t)mapped % SLAB);
   if (before)
-    munmap(region, before);
-  munmap(region + before + SLAB, SLAB - before);
-  want_huge_pages(region + before, SLAB);
-  slab *s = (slab *)(region + before);
+    munmap(mapped, before);
+  munmap(mapped + before + SLAB, SLAB - before);
+  want_huge_pages(mapped + before, SLAB);
+  slab *s = (slab *)(mapped + before);
   s->used = ALIGNMENT;
   return s;
 }
@@ -190,6 +256,8 @@ static void give_back(char *memory, size_t bytes) {
 
 void *host_allocate(size_t bytes) {
   bytes = bytes ? bytes : 1;
+  if (host_divisible() && bytes >= IN_REGION)
+    return region_allocate(whole_pages(bytes));
   if (!is_cut(bytes))
     return allocate_alone(bytes);
   pthread_mutex_lock(&slabs.lock);
@@ -202,6 +270,10 @@ void host_deallocate(void *memory, size_t bytes) {
   bytes = bytes ? bytes : 1;
   if (!memory)
     return;
+  if (is_in_region(memory)) {
+    region_deallocate(memory, whole_pages(bytes));
+    return;
+  }
   if (!is_cut(bytes)) {
     free(memory);
     return;

@@ -9,8 +9,10 @@
  * and /sys's. */
 size_t host_available(const char *root);
 
-/* Aligned to 64 bytes; large blocks to a huge page, which the system is asked to use. NULL: there is none. */
+/* Aligned to 64 bytes, on huge pages where the system has them. NULL: there is no memory. */
 void *host_allocate(size_t bytes);
 void host_deallocate(void *memory, size_t bytes);
+/* From which size on blocks may be given back in other pieces, of whole pages; 0: not at all. */
+size_t host_divisible(void);
 
 #endif

@@ -65,6 +65,7 @@ static void make_tables(void) {
                                  .name = "cpu",
                                  .allocate = allocate,
                                  .deallocate = deallocate,
+                                 .divisible = host_divisible(),
                                  .available = available,
                                  .upload = transfer,
                                  .download = transfer,

@@ -1,10 +1,14 @@
-/* allocator.c: the caching allocator: freed blocks are kept by size class and reused, so that a training step after the
- * first asks the system for no memory; and the contexts of the devices, which hold its books.
+/* allocator.c: the caching allocator: freed blocks are kept and reused, so that a training step after the first asks
+ * the system for no memory; and the contexts of the devices, which hold its books.
  *
- * Size classes are eight steps to each power of two, at least 64 bytes: at most an eighth of a block is wasted. */
+ * Blocks are kept by size class: eight steps to each power of two, at least 64 bytes, so that at most an eighth of a
+ * block is wasted. Where the device lets large ones be divided, they are whole pages instead, cut from what was freed
+ * and joined again: a network's maps grow smaller from stage to stage, and the memory of one stage serves the others.
+ */
 #include <pthread.h>
 #include <stdlib.h>
 
+#include "ranges.h"
 #include "tensor/tensor.h"
 
 enum { STEPS = 8, CLASSES = 64 * STEPS, SMALLEST = 64, MAX_DEVICES = 8 };
@@ -19,6 +23,7 @@ typedef struct {
   device_context context;
   pthread_mutex_t lock;
   block_list free[CLASSES];
+  range_set free_ranges;
   orepa_memory_info info;
   size_t wanted_limit; /* set by the user; 0: follow the system */
 } device_books;
@@ -75,7 +80,25 @@ static int size_class(size_t *bytes) {
   return power * STEPS + (int)steps; /* steps == 8 is the next power's class 0 */
 }
 
+static bool is_divided(const device_books *b, size_t bytes) {
+  size_t least = b->context.device->divisible;
+  return least && bytes >= least;
+}
+
+/* The size of the block for so many bytes. */
+static size_t block_size(const device_books *b, size_t wanted) {
+  if (is_divided(b, wanted))
+    return (wanted + DEVICE_PAGE - 1) / DEVICE_PAGE * DEVICE_PAGE;
+  size_class(&wanted);
+  return wanted;
+}
+
 static void give_back_all(device_books *b) {
+  while (b->free_ranges.count) {
+    address_range range = b->free_ranges.list[--b->free_ranges.count];
+    b->context.device->deallocate(&b->context, range.start, range.bytes);
+    b->info.cached -= range.bytes;
+  }
   for (int k = 0; k < CLASSES; k++) {
     block_list *list = &b->free[k];
     size_t size = ((size_t)1 << k / STEPS) + (size_t)(k % STEPS) * ((size_t)1 << k / STEPS >> 3);
@@ -87,7 +110,7 @@ static void give_back_all(device_books *b) {
   }
 }
 
-enum { LARGE = 1 << 20 };
+enum { LARGE = 1 << 20, SLACK = 32 /* a part of what is held */ };
 #define TOO_LARGE (SIZE_MAX / 4) /* bytes that are refused unasked: sums of smaller ones don't overflow */
 
 /* The limit is read again whenever the system is asked for a large block: others use memory too. */
@@ -114,19 +137,68 @@ static void *ask_system(device_books *b, size_t bytes) {
   return memory;
 }
 
+/* ---- blocks that are kept; `bytes` is a block's size ---- */
+
+static void *take_kept(device_books *b, size_t bytes) {
+  void *memory = NULL;
+  block_list *list = &b->free[size_class(&(size_t){bytes})];
+  if (is_divided(b, bytes))
+    memory = ranges_take(&b->free_ranges, bytes);
+  else if (list->count)
+    memory = list->blocks[--list->count];
+  if (memory)
+    b->info.cached -= bytes;
+  return memory;
+}
+
+static bool list_has_room(block_list *list) {
+  if (list->count < list->capacity)
+    return true;
+  size_t capacity = list->capacity ? 2 * list->capacity : 16;
+  void **blocks = realloc(list->blocks, capacity * sizeof *blocks);
+  if (!blocks)
+    return false;
+  list->blocks = blocks;
+  list->capacity = capacity;
+  return true;
+}
+
+/* False: there is no memory for the list. */
+static bool keep(device_books *b, void *memory, size_t bytes) {
+  block_list *list = &b->free[size_class(&(size_t){bytes})];
+  if (is_divided(b, bytes)) {
+    if (!ranges_put(&b->free_ranges, memory, bytes))
+      return false;
+  } else if (list_has_room(list)) {
+    list->blocks[list->count++] = memory;
+  } else {
+    return false;
+  }
+  b->info.cached += bytes;
+  return true;
+}
+
+/* A new block. Ranges grow by some more than that: where blocks lie differs a little from step to step, and what a step
+ * leaves free is in pieces. */
+static void *grow(device_books *b, size_t bytes) {
+  size_t held = b->info.live + b->info.cached, more = block_size(b, held / SLACK);
+  if (!is_divided(b, bytes) || more <= bytes || held + more > limit_of(b, more))
+    return ask_system(b, bytes);
+  char *memory = ask_system(b, more);
+  if (memory && !keep(b, memory + bytes, more - bytes))
+    b->context.device->deallocate(&b->context, memory + bytes, more - bytes);
+  return memory;
+}
+
+/* ---- blocks that are used ---- */
+
 void *allocator_get(const orepa_device *device, size_t wanted) {
   device_books *b = books_of(device);
-  size_t bytes = wanted < TOO_LARGE ? wanted : TOO_LARGE;
-  int class = size_class(&bytes);
+  size_t bytes = block_size(b, wanted < TOO_LARGE ? wanted : TOO_LARGE);
   pthread_mutex_lock(&b->lock);
-  block_list *list = &b->free[class];
-  void *memory = NULL;
-  if (list->count) {
-    memory = list->blocks[--list->count];
-    b->info.cached -= bytes;
-  } else if (wanted < TOO_LARGE) {
-    memory = ask_system(b, bytes);
-  }
+  void *memory = take_kept(b, bytes);
+  if (!memory && wanted < TOO_LARGE)
+    memory = grow(b, bytes);
   if (memory) {
     b->info.live += bytes;
     atomic_fetch_add_explicit(&live_everywhere, bytes, memory_order_relaxed);
@@ -144,35 +216,17 @@ void *allocator_get(const orepa_device *device, size_t wanted) {
   return memory;
 }
 
-static bool list_has_room(block_list *list) {
-  if (list->count < list->capacity)
-    return true;
-  size_t capacity = list->capacity ? 2 * list->capacity : 16;
-  void **blocks = realloc(list->blocks, capacity * sizeof *blocks);
-  if (!blocks)
-    return false;
-  list->blocks = blocks;
-  list->capacity = capacity;
-  return true;
-}
-
 void allocator_put(const orepa_device *device, void *memory, size_t wanted) {
   if (!memory)
     return;
   device_books *b = books_of(device);
-  size_t bytes = wanted;
-  int class = size_class(&bytes);
+  size_t bytes = block_size(b, wanted);
   pthread_mutex_lock(&b->lock);
-  block_list *list = &b->free[class];
   b->info.live -= bytes;
   atomic_fetch_sub_explicit(&live_everywhere, bytes, memory_order_relaxed);
   bool fits = !b->wanted_limit || b->info.live + b->info.cached + bytes <= b->wanted_limit;
-  if (fits && list_has_room(list)) {
-    list->blocks[list->count++] = memory;
-    b->info.cached += bytes;
-  } else {
+  if (!fits || !keep(b, memory, bytes))
     device->deallocate(&b->context, memory, bytes);
-  }
   pthread_mutex_unlock(&b->lock);
 }
 

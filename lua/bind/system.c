@@ -169,10 +169,11 @@ static const bind_row rows[] = {
     {"set_rng_state", l_set_rng_state,
      "set_rng_state(state)\nGoes back to a state that rng_state gave.\n> orepa.set_rng_state(orepa.rng_state())"},
     {"memory", l_memory,
-     "memory(device) -> {live=, cached=, peak=, limit=, system=, collections=, collection_seconds=}\nBytes in use, "
-     "kept "
-     "for reuse, the most ever in use, and the most allowed; how often the system was asked; how often Lua's collector "
-     "was run for the sake of tensors, and how long that took.\n"
+     "memory(device) -> {live=, cached=, peak=, limit=, system=, collections=, collection_seconds=}\nBytes in use by "
+     "tensors and by kernels' scratch; freed and kept for reuse; the most that was in use since the start or "
+     "reset_peak; the most that live and cached may be together. Then how often the system was asked for memory, how "
+     "often Lua's collector was run for it, and how long that took. The process itself holds little beside live and "
+     "cached.\n"
      "> orepa.memory().live"},
     {"reset_peak", l_reset_peak,
      "reset_peak(device)\nLets memory().peak start again from what is live.\n> orepa.reset_peak()"},

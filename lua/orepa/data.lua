@@ -60,7 +60,10 @@ function Loader:epoch(epoch)
     deviation = o.deviation, seed = o.seed, epoch = epoch }
   return function()
     local last = math.min(position + o.batch_size, self.size)
-    if last <= position or (o.drop_last and last - position < o.batch_size) then return nil end
+    if last <= position or (o.drop_last and last - position < o.batch_size) then
+      order:release()
+      return nil
+    end
     local indices <close> = order:slice(1, position + 1, last)
     position = last
     local images = engine.image_batch(self.dataset.images, indices, transform)

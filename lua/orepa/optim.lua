@@ -77,8 +77,14 @@ function optim.SGD(given, o)
   return self
 end
 
+-- Velocities are made now if they aren't there, so that the first step takes as much memory as all others.
 function SGD:zero_grad()
-  for _, p in ipairs(self.parameters) do p.grad = nil end
+  for k, p in ipairs(self.parameters) do
+    p.grad = nil
+    if self.momentum ~= 0 and not self.velocities[k] and p.requires_grad then
+      self.velocities[k] = core.zeros(p.shape, { dtype = p.dtype, device = p.device })
+    end
+  end
 end
 
 local function check_deployed(self)

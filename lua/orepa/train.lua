@@ -56,7 +56,10 @@ end
 -- ---- evaluation ----
 
 local function count_correct(logits, labels)
-  return logits:argmax(2):eq(labels):sum():item()
+  local found <close> = logits:argmax(2)
+  local right <close> = found:eq(labels)
+  local count <close> = right:sum()
+  return count:item()
 end
 
 -- Puts the network into evaluation mode for a call; each module gets its own mode back.
@@ -96,13 +99,13 @@ local function stop(what, epoch, step, rate)
   error(("train: %s in epoch %d, step %d (rate %.3g)"):format(what, epoch, step, rate), 0)
 end
 
--- One step; gives the loss and how many were right.
+-- One step; gives the loss and how many were right. The last step's gradients go first: the forward pass needs the room.
 local function one_step(o, images, labels, epoch, step)
+  o.optimizer:zero_grad()
   local logits <close> = o.net(images)
   local loss <close> = o.loss(logits, labels)
   local value = loss:item()
   if not is_finite(value) then stop(("the loss is %s"):format(value), epoch, step, o.optimizer.lr) end
-  o.optimizer:zero_grad()
   loss:backward()
   local norm, culprit = o.optimizer:gradient_norm()
   if not is_finite(norm) then
