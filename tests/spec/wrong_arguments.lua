@@ -17,7 +17,8 @@ end
 -- Each is a value, or `made` anew for each call, since calls change it.
 local values = table.pack(
   nil, false, true, 0, 1, -1, 2, 3, 0.5, -7, 1 << 31, (1 << 31) - 1, -(1 << 31), 1 << 32, (1 << 53) + 1, math.maxinteger,
-  math.mininteger, 1e300, -1e300, 0 / 0, 1 / 0, "", "cpu", "float64", "bfloat16", "no such thing", ("x"):rep(5000), "a\0b", print, io.stdout,
+  math.mininteger, 1e300, -1e300, 0 / 0, 1 / 0, "", "cpu", "float64", "bfloat16", "no such thing", ("x"):rep(5000), "a\0b", print,
+  io.stdout,
   made(function() return {} end), made(function() return { 1, 2 } end), made(function() return { 1, x = 2 } end),
   made(function() return { dtype = "int64" } end), made(function() return { device = 1 } end),
   made(function() return { { 1, 2 }, { 3 } } end), made(function() return { math.maxinteger, 3 } end),
