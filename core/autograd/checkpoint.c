@@ -15,6 +15,7 @@ typedef struct {
   orepa_recompute again;
   void *payload;
   orepa_rng rng; /* at the first pass */
+  orepa_dtype autocast;
 } checkpoint_payload;
 
 static _Thread_local bool recomputing;
@@ -42,12 +43,15 @@ static orepa_tensor *input_again(autograd_node *node, int k) {
 /* Everything that the first pass saw is the same: random numbers, recording; all is put back afterwards. */
 static int recompute(const checkpoint_payload *p, int inputs, orepa_tensor *const *xs, int outputs, orepa_tensor **ys) {
   orepa_rng rng = orepa_rng_state();
+  orepa_dtype autocast = orepa_autocast();
   bool was_enabled = orepa_set_grad_enabled(true), was_recomputing = recomputing;
   autograd_node *was = autograd_set_stand_in(NULL);
   recomputing = true;
   orepa_set_rng_state(p->rng);
+  orepa_set_autocast(p->autocast);
   int failed = p->again.recompute(p->payload, inputs, xs, outputs, ys);
   orepa_set_rng_state(rng);
+  orepa_set_autocast(autocast);
   recomputing = was_recomputing;
   autograd_set_stand_in(was);
   orepa_set_grad_enabled(was_enabled);
@@ -123,7 +127,7 @@ orepa_checkpoint *orepa_checkpoint_begin(const orepa_recompute *again, void *pay
     return NULL;
   }
   c->node->backward_all = checkpoint_backward;
-  *(checkpoint_payload *)c->node->payload = (checkpoint_payload){*again, payload, orepa_rng_state()};
+  *(checkpoint_payload *)c->node->payload = (checkpoint_payload){*again, payload, orepa_rng_state(), orepa_autocast()};
   for (int k = 0; k < count; k++)
     autograd_save(c->node, k, inputs[k]);
   c->inside = autograd_new(&inside_op, NULL, 0, 0, 0);

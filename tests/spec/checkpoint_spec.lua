@@ -456,6 +456,17 @@ print((orepa.memory().peak - before) / (1 << 20))
     assert.is_true(wrapped < 0.6 * plain, ("%.1f MiB, %.1f without checkpoints"):format(wrapped, plain))
   end)
 
+  it("computes again in the type of the first pass", function()
+    local net = made(function() return nn.Conv2d { in_channels = 2, out_channels = 4, kernel_size = 3 } end)
+    local x, gradients = orepa.randn(2, 2, 6, 6), {}
+    for k, f in ipairs { net, function(t) return orepa.checkpoint(net, t) end } do
+      local y = orepa.autocast("bfloat16", function() return f(x) end)
+      y:to("float32"):sum():backward()
+      gradients[k], net.weight.grad = net.weight.grad, nil
+    end
+    same_bits(gradients[1], gradients[2], "gradient")
+  end)
+
   it("holds no function, argument or tensor longer than its graph", function()
     collectgarbage()
     collectgarbage()

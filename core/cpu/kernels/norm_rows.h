@@ -13,7 +13,7 @@
 
 enum {
   LINE = 512,            /* channels of a line of repeated rows, at most */
-  LINE_LEAST = 256,       /* and at least: loops over fewer don't pay */
+  LINE_LEAST = 256,      /* and at least: loops over fewer don't pay */
   MERGED = 64,           /* channels merged at a time */
   PARALLEL_FROM = 65536, /* elements */
 };

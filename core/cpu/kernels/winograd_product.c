@@ -56,7 +56,8 @@ static ALWAYS_INLINE void multiply_some(const bool turned, int rows, const int v
     FORM(1)
     FORM(2)
     FORM(3)
-    FORM(4) FORM(5) FORM(6)
+    FORM(4)
+    FORM(5) FORM(6)
 #if LANES == 16
         FORM(7) FORM(8) FORM(9) FORM(10) FORM(11) FORM(12) FORM(13) FORM(14)
 #endif
