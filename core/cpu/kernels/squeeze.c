@@ -1,8 +1,9 @@
 /* squeeze.c: all terms of a block added up to its one kernel.
  *
  * An output's part of the kernel, one block of channels wide, is summed up term by term in a small array that never
- * leaves the first cache, and written once. Only products are computed before that, straight into the kernel, for as
- * many outputs as stay in the second cache: no term's own kernel is ever in memory. */
+ * leaves the first cache, and written once. Only products are computed before that, into scratch, for as many outputs
+ * as stay in the second cache: no term's own kernel is ever in memory. While they are multiplied, the other terms' rows
+ * are fetched. */
 #include "cpu/kernels/squeeze.h"
 
 #include <omp.h>
@@ -280,10 +281,10 @@ typedef struct {
   int64_t sum, pattern, point, products, packed, all;
 } division;
 
-static division divide(const squeezing *s, const device_term *terms, int threads) {
+static division divide(const squeezing *s, const device_term *terms) {
   bool in_place = !STREAMS && s->channels % PRODUCT_COLUMNS(float) == 0;
   division d = {.row = in_place ? s->channels : packed_size(s->channels, PRODUCT_COLUMNS(float), 1) + 16};
-  d.outputs = even_chunk(s->outputs, chunk_outputs(s), s->groups < threads ? threads : 1);
+  d.outputs = chunk_outputs(s);
   d.chunks = divide_up(s->outputs, d.outputs);
   d.sum = s->taps * SQUEEZE_CHANNELS;
   d.pattern = divide_up(s->taps, 16) * 16;
@@ -312,7 +313,7 @@ device_status KERNEL(squeeze)(device_context *context, int64_t groups, const dev
     return DEVICE_UNSUPPORTED;
   bool parallel = s.work > SQUEEZE_PARALLEL;
   int threads = parallel ? omp_get_max_threads() : 1;
-  division d = divide(&s, terms, threads);
+  division d = divide(&s, terms);
   squeeze_scratch scratch = {NULL, 0};
   KERNEL(squeeze_lay_out)(&s, &scratch, terms, 0);
   take(&scratch, threads * d.all, sizeof(float));

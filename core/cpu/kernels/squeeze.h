@@ -69,11 +69,12 @@ static inline int64_t output_size(const squeezing *s, const squeeze_term *t) {
 }
 
 /* How many outputs are worked on at a time: so many that the rows of their products, of a factor of these, and what is
- * fetched meanwhile stay in the second cache. */
+ * fetched meanwhile stay in the second cache; and so few that there are sixteen such chunks, in whole tiles. */
 static inline int64_t chunk_outputs(const squeezing *s) {
-  const int64_t floats = 225 << 10;
-  int64_t fit = floats / larger(1, 2 * (s->most_inner[0] + s->channels)) / PRODUCT_ROWS * PRODUCT_ROWS;
-  return larger(1, smaller(PRODUCT_BLOCK, larger(PRODUCT_ROWS, fit)) / larger(1, s->taps));
+  const int64_t floats = 260 << 10, taps = larger(1, s->taps);
+  int64_t tiles = smaller(PRODUCT_BLOCK, floats / larger(1, 2 * (s->most_inner[0] + s->channels))) / PRODUCT_ROWS;
+  int64_t wanted = divide_up(divide_up(s->outputs, 16) * taps, PRODUCT_ROWS);
+  return larger(1, larger(1, smaller(tiles, wanted)) * PRODUCT_ROWS / taps);
 }
 
 static inline float scale_of(const device_term *term, int64_t o) {

@@ -1,10 +1,11 @@
 /* squeeze_backward.c: from the gradient dW of a squeezed kernel, the gradients of all its terms.
  *
- * Three kinds of work, each cut so that every number has one writer: a pass over outputs and blocks of channels that
- * reads dW once for all terms but products; products dW . (b + E)^T, whose rows end as the gradient of a product's `a`
- * and, on the way, as that of its scale; and products a^T . dW for the gradients of its `b`. A depthwise term's `b`
- * sums over all outputs: each chunk of them, of a size that depends on the block's shape only, has a partial sum, and
- * these are added in their order. So the number of threads changes no bit.
+ * Three kinds of work, each cut so that every number has one writer. Products dW . (b + E)^T for some outputs, whose
+ * rows are the gradient of a product's `a` and, on the way, that of its scale; then, with the same outputs' dW still
+ * near, a pass in blocks of channels for all other terms; and products a^T . dW for the gradients of a product's `b`.
+ * Products are in squeeze_products.c. A depthwise term's `b` sums over all outputs: each chunk of them, of a size that
+ * depends on the block's shape only, has a partial sum, and these are added in their order. So the number of threads
+ * changes no bit.
  *
  * The gradient of a scale is v's share of <dW[o], branch[o]>, taken as <Q[o], last[o]>: Q is the gradient of the
  * branch's last factor without v. No branch's kernel is needed. */
