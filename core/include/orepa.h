@@ -187,9 +187,9 @@ OREPA_API int orepa_set_autocast(orepa_dtype dtype);
  * device, 0 says no. */
 OREPA_API bool orepa_bfloat16_pays(const orepa_device *device);
 
-/* ---- checkpoints: part of a computation whose maps are not kept for the backward pass but computed again in it
- * ------- */
+/* ---- checkpoints ------------------------------------------------------------------------------------------------- */
 
+/* Part of a computation whose maps are not kept for the backward pass: they are computed again in it. */
 typedef struct {
   /* Computes the results from the inputs again: new references, as many as there were. 0, or -1 with a message; what
    * stands in ys is released either way. */

@@ -164,16 +164,20 @@ static bool list_has_room(block_list *list) {
 }
 
 /* False: there is no memory for the list. */
-static bool keep(device_books *b, void *memory, size_t bytes) {
-  block_list *list = &b->free[size_class(&(size_t){bytes})];
-  if (is_divided(b, bytes)) {
-    if (!ranges_put(&b->free_ranges, memory, bytes))
-      return false;
-  } else if (list_has_room(list)) {
-    list->blocks[list->count++] = memory;
-  } else {
+static bool keep_range(device_books *b, void *memory, size_t bytes) {
+  if (!ranges_put(&b->free_ranges, memory, bytes))
     return false;
-  }
+  b->info.cached += bytes;
+  return true;
+}
+
+static bool keep(device_books *b, void *memory, size_t bytes) {
+  if (is_divided(b, bytes))
+    return keep_range(b, memory, bytes);
+  block_list *list = &b->free[size_class(&(size_t){bytes})];
+  if (!list_has_room(list))
+    return false;
+  list->blocks[list->count++] = memory;
   b->info.cached += bytes;
   return true;
 }
@@ -185,7 +189,7 @@ static void *grow(device_books *b, size_t bytes) {
   if (!is_divided(b, bytes) || more <= bytes || held + more > limit_of(b, more))
     return ask_system(b, bytes);
   char *memory = ask_system(b, more);
-  if (memory && !keep(b, memory + bytes, more - bytes))
+  if (memory && !keep_range(b, memory + bytes, more - bytes))
     b->context.device->deallocate(&b->context, memory + bytes, more - bytes);
   return memory;
 }

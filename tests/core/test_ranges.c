@@ -154,6 +154,27 @@ static void test_blocks_that_grew_from_the_system_are_neighbours(void **unused) 
   orepa_empty_cache(CPU);
 }
 
+/* What is left of a range may be as small as a block that no range holds, and is none. */
+static void test_a_small_rest_is_no_small_block(void **unused) {
+  (void)unused;
+  if (!CPU->divisible)
+    skip();
+  enum { REST = 17 * DEVICE_PAGE, LARGE = 2 * MIB - REST }; /* ranges grow by 2 MiB where 64 are held */
+  orepa_empty_cache(CPU);
+  const size_t held = orepa_memory(CPU).live;
+  assert_true(held < MIB);
+  char *most = get(64 * MIB - held), *large = get(LARGE);
+  assert_int_equal(orepa_memory(CPU).cached, REST);
+  char *small = get(REST - 1); /* of a size class that is larger */
+  assert_true(small + REST <= large || small >= large + LARGE + REST);
+  assert_int_equal(orepa_memory(CPU).cached, REST);
+  release(small, REST - 1);
+  release(large, LARGE);
+  release(most, 64 * MIB - held);
+  orepa_empty_cache(CPU);
+  assert_int_equal(orepa_memory(CPU).live, held);
+}
+
 /* The part by which ranges grow beyond what is asked for stays within the limit. */
 static void test_ranges_grow_within_the_limit(void **unused) {
   (void)unused;
@@ -179,6 +200,7 @@ int main(void) {
       cmocka_unit_test(test_nothing_is_lost_or_lent_twice),
       cmocka_unit_test(test_freed_blocks_serve_larger_and_smaller_ones),
       cmocka_unit_test(test_blocks_that_grew_from_the_system_are_neighbours),
+      cmocka_unit_test(test_a_small_rest_is_no_small_block),
       cmocka_unit_test(test_ranges_grow_within_the_limit),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
