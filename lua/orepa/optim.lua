@@ -138,7 +138,8 @@ document("opt:step", [[
   > optim.SGD({nn.Parameter(orepa.ones(2))}, {lr = 0.1}):step()]])
 document("opt:zero_grad", [[
   opt:zero_grad()
-  Takes all gradients away: best before the forward pass, which can use their memory then. Velocities that will be needed are made.
+  Takes all gradients away: best before the forward pass, which can use their memory then. Velocities that will be
+  needed are made.
   > optim.SGD({nn.Parameter(orepa.ones(2))}, {lr = 0.1}):zero_grad()]])
 document("opt:gradient_norm", [[
   opt:gradient_norm() -> number, name

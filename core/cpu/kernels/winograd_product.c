@@ -43,6 +43,7 @@ static ALWAYS_INLINE void multiply(const bool turned, const int rows, const int 
     }
 }
 
+/* clang-format off */
 #define FORM(rows)                                                                                                     \
   case rows:                                                                                                           \
     multiply(turned, rows, vectors, depth, a, step, b, b_step, c, c_step, add);                                        \
@@ -53,16 +54,13 @@ static ALWAYS_INLINE void multiply_some(const bool turned, int rows, const int v
                                         int64_t step, const float *b, int64_t b_step, float *c, int64_t c_step,
                                         bool add) {
   switch (rows) {
-    FORM(1)
-    FORM(2)
-    FORM(3)
-    FORM(4)
-    FORM(5) FORM(6)
+    FORM(1) FORM(2) FORM(3) FORM(4) FORM(5) FORM(6)
 #if LANES == 16
-        FORM(7) FORM(8) FORM(9) FORM(10) FORM(11) FORM(12) FORM(13) FORM(14)
+    FORM(7) FORM(8) FORM(9) FORM(10) FORM(11) FORM(12) FORM(13) FORM(14)
 #endif
   }
 }
+/* clang-format on */
 
 static __attribute__((noinline)) void rows2(int rows, int64_t depth, const float *a, int64_t step, const float *b,
                                             int64_t b_step, float *c, int64_t c_step, bool add) {
