@@ -54,7 +54,7 @@ typedef struct {
   const float *from[FETCH_MOST];
   int64_t count[FETCH_MOST];
   int arrays, array;
-  int64_t done, each; /* of this array; floats of a piece */
+  int64_t done, each; /* floats of this array, of a piece */
 } fetch_list;
 
 static inline void fetch_add(fetch_list *list, const float *from, int64_t count) {
@@ -73,6 +73,7 @@ static inline void fetch_spread(fetch_list *list, int64_t pieces) {
   list->each = divide_up(all, larger(1, pieces - list->arrays));
 }
 
+/* The next piece, over `depth` steps; after the last one nothing new. */
 static inline fetch fetch_next(fetch_list *list, int64_t depth) {
   if (list->array == list->arrays)
     return (fetch){(const char *)list, 0};
