@@ -62,17 +62,31 @@ static inline void winograd_rows(const winograd_block *b, int e, int *first, int
 #define GA (1 / (2 * A2 * (A2 - B2)))
 #define GB (1 / (2 * B2 * (B2 - A2)))
 
+/* a * x + y. Of a sum of two products the compiler may fuse either: where it must be the same one in every copy of a
+ * transform, this says which. */
+static ALWAYS_INLINE float_lanes fused(float a, float_lanes x, float_lanes y) {
+#ifdef __FMA__
+  return multiply_add_lanes((float_lanes){0} + a, x, y);
+#else
+  return a * x + y;
+#endif
+}
+
 /* Inputs (6, or 5 of a short tile) to elements. */
 static ALWAYS_INLINE void winograd_in(const bool is_short, const float_lanes *d, const int step, float_lanes *o,
                                       const int to) {
   float_lanes d0 = d[0], d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step];
   if (is_short) {
     const float a = POINT_A, b = POINT_B;
-    o[0] = a * a * b * b * d0 + (-a * a * b * d1 + (-b * b * d2 + b * d3));
-    o[to] = -a * b * (a + b) * d1 + ((a - b) * (a + b) * d2 + (a + b) * d3);
-    o[2 * to] = a * b * (b - a) * d1 + (-(a + b) * (b - a) * d2 + (b - a) * d3);
-    o[3 * to] = -2 * a * a * b * d1 + 2 * b * d3;
-    o[5 * to] = a * a * b * d1 + (-a * a * d2 + (-b * d3 + d4));
+    float_lanes last = b * d3;
+    o[0] = fused(a * a * b * b, d0, fused(-a * a * b, d1, fused(-b * b, d2, last)));
+    last = (a + b) * d3;
+    o[to] = fused(-a * b * (a + b), d1, fused((a - b) * (a + b), d2, last));
+    last = (b - a) * d3;
+    o[2 * to] = fused(a * b * (b - a), d1, fused(-(a + b) * (b - a), d2, last));
+    last = 2 * b * d3;
+    o[3 * to] = fused(-2 * a * a * b, d1, last);
+    o[5 * to] = fused(a * a * b, d1, fused(-a * a, d2, fused(-b, d3, d4)));
     return;
   }
   float_lanes d5 = d[5 * step];

@@ -101,7 +101,7 @@ static ALWAYS_INLINE bool offsets_of(const winograd_map *x, const winograd_tile 
 }
 
 static ALWAYS_INLINE float_lanes changed(float_lanes value, float_lanes scale, float_lanes shift, bool relu) {
-  value = scale * value + shift;
+  value = multiply_add_lanes(scale, value, shift);
   return relu ? relu_of(value) : value;
 }
 
