@@ -62,8 +62,8 @@ static inline void winograd_rows(const winograd_block *b, int e, int *first, int
 #define GA (1 / (2 * A2 * (A2 - B2)))
 #define GB (1 / (2 * B2 * (B2 - A2)))
 
-/* a * x + y. Of a sum of two products the compiler may fuse either: where it must be the same one in every copy of a
- * transform, this says which. */
+/* a * x + y, rounded once where there is an instruction for it. Of a sum of two products the compiler may fuse either,
+ * or none, and not the same in every copy of a transform, whose bits must be the same: so each is named. */
 static ALWAYS_INLINE float_lanes fused(float a, float_lanes x, float_lanes y) {
 #ifdef __FMA__
   return multiply_add_lanes((float_lanes){0} + a, x, y);
@@ -78,27 +78,23 @@ static ALWAYS_INLINE void winograd_in(const bool is_short, const float_lanes *d,
   float_lanes d0 = d[0], d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step];
   if (is_short) {
     const float a = POINT_A, b = POINT_B;
-    float_lanes last = b * d3;
-    o[0] = fused(a * a * b * b, d0, fused(-a * a * b, d1, fused(-b * b, d2, last)));
-    last = (a + b) * d3;
-    o[to] = fused(-a * b * (a + b), d1, fused((a - b) * (a + b), d2, last));
-    last = (b - a) * d3;
-    o[2 * to] = fused(a * b * (b - a), d1, fused(-(a + b) * (b - a), d2, last));
-    last = 2 * b * d3;
-    o[3 * to] = fused(-2 * a * a * b, d1, last);
+    o[0] = fused(a * a * b * b, d0, fused(-a * a * b, d1, fused(-b * b, d2, b * d3)));
+    o[to] = fused(-a * b * (a + b), d1, fused((a - b) * (a + b), d2, (a + b) * d3));
+    o[2 * to] = fused(a * b * (b - a), d1, fused(-(a + b) * (b - a), d2, (b - a) * d3));
+    o[3 * to] = fused(-2 * a * a * b, d1, 2 * b * d3);
     o[5 * to] = fused(a * a * b, d1, fused(-a * a, d2, fused(-b, d3, d4)));
     return;
   }
   float_lanes d5 = d[5 * step];
-  float_lanes even = d4 - B2 * d2, odd = d3 - B2 * d1;
-  o[0] = A2 * B2 * d0 + (d4 - (A2 + B2) * d2);
-  o[to] = POINT_A * odd + even;
-  o[2 * to] = even - POINT_A * odd;
-  even = d4 - A2 * d2;
-  odd = d3 - A2 * d1;
-  o[3 * to] = POINT_B * odd + even;
-  o[4 * to] = even - POINT_B * odd;
-  o[5 * to] = A2 * B2 * d1 + (d5 - (A2 + B2) * d3);
+  float_lanes even = fused(-B2, d2, d4), odd = fused(-B2, d1, d3);
+  o[0] = fused(A2 * B2, d0, fused(-(A2 + B2), d2, d4));
+  o[to] = fused(POINT_A, odd, even);
+  o[2 * to] = fused(-POINT_A, odd, even);
+  even = fused(-A2, d2, d4);
+  odd = fused(-A2, d1, d3);
+  o[3 * to] = fused(POINT_B, odd, even);
+  o[4 * to] = fused(-POINT_B, odd, even);
+  o[5 * to] = fused(A2 * B2, d1, fused(-(A2 + B2), d3, d5));
 }
 
 /* Elements to outputs: 4, or 3. */
@@ -107,32 +103,32 @@ static ALWAYS_INLINE void winograd_out(const bool is_short, const float_lanes *m
   float_lanes even = m[step] + m[2 * step], odd = m[step] - m[2 * step], m3 = m[3 * step];
   if (is_short) {
     o[0] = m[0] + even + m3;
-    o[to] = POINT_B * m3 + POINT_A * odd;
-    o[2 * to] = B2 * m3 + (A2 * even + m[5 * step]);
+    o[to] = fused(POINT_B, m3, POINT_A * odd);
+    o[2 * to] = fused(B2, m3, fused(A2, even, m[5 * step]));
     return;
   }
   float_lanes even_b = m3 + m[4 * step], odd_b = m3 - m[4 * step];
   o[0] = m[0] + even + even_b;
-  o[to] = POINT_B * odd_b + POINT_A * odd;
-  o[2 * to] = B2 * even_b + A2 * even;
-  o[3 * to] = B3 * odd_b + (A3 * odd + m[5 * step]);
+  o[to] = fused(POINT_B, odd_b, POINT_A * odd);
+  o[2 * to] = fused(B2, even_b, A2 * even);
+  o[3 * to] = fused(B3, odd_b, fused(A3, odd, m[5 * step]));
 }
 
 /* The transpose of that: gradients of 4 or 3 outputs to elements. */
 static ALWAYS_INLINE void winograd_out_turned(const bool is_short, const float_lanes *d, const int step, float_lanes *o,
                                               const int to) {
   float_lanes d0 = d[0], d1 = d[step], d2 = d[2 * step], d3 = is_short ? d2 : d[3 * step];
-  float_lanes even = A2 * d2 + d0, odd = is_short ? POINT_A * d1 : A3 * d3 + POINT_A * d1;
+  float_lanes even = fused(A2, d2, d0), odd = is_short ? POINT_A * d1 : fused(A3, d3, POINT_A * d1);
   o[0] = d0;
   o[to] = even + odd;
   o[2 * to] = even - odd;
   if (is_short) {
-    o[3 * to] = B2 * d2 + (POINT_B * d1 + d0);
+    o[3 * to] = fused(B2, d2, fused(POINT_B, d1, d0));
     o[5 * to] = d2;
     return;
   }
-  even = B2 * d2 + d0;
-  odd = B3 * d3 + POINT_B * d1;
+  even = fused(B2, d2, d0);
+  odd = fused(B3, d3, POINT_B * d1);
   o[3 * to] = even + odd;
   o[4 * to] = even - odd;
   o[5 * to] = d3;
@@ -141,14 +137,13 @@ static ALWAYS_INLINE void winograd_out_turned(const bool is_short, const float_l
 /* 3 numbers of a kernel to elements. */
 static ALWAYS_INLINE void winograd_kernel(const float_lanes *g, const int step, float_lanes *o, const int to) {
   float_lanes g0 = g[0], g1 = g[step], g2 = g[2 * step];
-  float_lanes even = GA * g0 + GA * A2 * g2, odd = GA * POINT_A * g1;
+  float_lanes even = fused(GA, g0, GA * A2 * g2);
   o[0] = 1 / (A2 * B2) * g0;
-  o[to] = even + odd;
-  o[2 * to] = even - odd;
-  even = GB * g0 + GB * B2 * g2;
-  odd = GB * POINT_B * g1;
-  o[3 * to] = even + odd;
-  o[4 * to] = even - odd;
+  o[to] = fused(GA * POINT_A, g1, even);
+  o[2 * to] = fused(-GA * POINT_A, g1, even);
+  even = fused(GB, g0, GB * B2 * g2);
+  o[3 * to] = fused(GB * POINT_B, g1, even);
+  o[4 * to] = fused(-GB * POINT_B, g1, even);
   o[5 * to] = g2;
 }
 
@@ -156,9 +151,9 @@ static ALWAYS_INLINE void winograd_kernel(const float_lanes *g, const int step, 
 static ALWAYS_INLINE void winograd_kernel_turned(const float_lanes *u, const int step, float_lanes *o, const int to) {
   float_lanes even_a = u[step] + u[2 * step], odd_a = u[step] - u[2 * step];
   float_lanes even_b = u[3 * step] + u[4 * step], odd_b = u[3 * step] - u[4 * step];
-  o[0] = 1 / (A2 * B2) * u[0] + (GB * even_b + GA * even_a);
-  o[to] = GA * POINT_A * odd_a + GB * POINT_B * odd_b;
-  o[2 * to] = GB * B2 * even_b + (GA * A2 * even_a + u[5 * step]);
+  o[0] = fused(1 / (A2 * B2), u[0], fused(GB, even_b, GA * even_a));
+  o[to] = fused(GA * POINT_A, odd_a, GB * POINT_B * odd_b);
+  o[2 * to] = fused(GB * B2, even_b, fused(GA * A2, even_a, u[5 * step]));
 }
 
 /* ---- maps and their tiles ---- */
