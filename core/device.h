@@ -50,6 +50,20 @@ typedef struct {
   bool relu;
 } device_prologue;
 
+/* What follows a convolution: act(y + bias + residual), rounded to the map's type once or after each step. */
+typedef struct {
+  const device_array *bias;     /* (O); NULL: none */
+  const device_array *residual; /* y's shape, type and order; NULL: none */
+  bool relu;
+} device_epilogue;
+
+/* A kernel that does not change, as a convolution wants it, in memory of conv_packed's size: what was put there by a
+ * call before, or not ready yet and put there by this one. Memory NULL: not kept yet. */
+typedef struct {
+  void *memory;
+  bool ready;
+} device_packed;
+
 /* What a device does of a convolution's surroundings in the same pass. */
 typedef struct {
   bool prologue;        /* of the forward pass */
@@ -164,15 +178,19 @@ struct orepa_device {
                           const device_array *bias);
 
   /* ---- convolution: maps (N, C, H, W) and kernels (O, I/G, KH, KW) dense in channels-last order, of one type.
-   * bias (O), prologue and moments may be NULL; a device that cannot fuse runs separate kernels with the same result.
-   */
+   * epilogue, prologue, moments and packed may be NULL; a device that cannot fuse runs separate kernels with the same
+   * result. */
   /* What the entries below fuse for arrays of these shapes and types (data is NULL); what they don't costs a pass of
    * its own, and a prologue memory for its result. A NULL entry: nothing is fused. */
   device_conv_fusion (*conv_fusion)(device_context *, const orepa_conv *, const device_array *y, const device_array *x,
                                     const device_array *w);
   device_status (*conv_forward)(device_context *, const orepa_conv *, const device_array *y, const device_array *x,
-                                const device_array *w, const device_array *bias, const device_prologue *prologue,
-                                const device_array *moments);
+                                const device_array *w, const device_epilogue *epilogue, const device_prologue *prologue,
+                                const device_array *moments, const device_packed *packed);
+  /* Bytes of the kernel as conv_forward wants it for such arrays (data is NULL), and a mark: of one kernel two forms
+   * with the same mark are the same. 0: it is not changed first, or not worth keeping. A NULL entry: always 0. */
+  size_t (*conv_packed)(device_context *, const orepa_conv *, const device_array *y, const device_array *x,
+                        const device_array *w, const device_epilogue *epilogue, int64_t *mark);
   device_status (*conv_backward_data)(device_context *, const orepa_conv *, const device_array *dx,
                                       const device_array *dy, const device_array *w);
   /* dbias may be NULL. The prologue is that of the forward pass, x its input. dw and dbias may be float32 beside

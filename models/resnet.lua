@@ -24,7 +24,7 @@ local function block_maker(kind)
   end
 end
 
--- ---- residual blocks ----
+-- ---- residual blocks: the last convolution's norm is followed by the sum, the sum by the ReLU ----
 
 local Basic = nn.Module:extend("Basic")
 Basic.expansion = 1
@@ -35,12 +35,11 @@ function Basic:init(conv, in_channels, planes, stride)
     self.shortcut = block_maker("none")(in_channels, planes, 1, stride)
   end
   self.conv1 = conv(in_channels, planes, 3, stride, "relu")
-  self.conv2 = conv(planes, planes, 3, 1)
+  self.conv2 = conv(planes, planes, 3, 1, "relu")
 end
 
 function Basic:forward(x)
-  local y = self.conv2(self.conv1(x))
-  return F.relu(y + (self.shortcut and self.shortcut(x) or x))
+  return self.conv2(self.conv1(x), self.shortcut and self.shortcut(x) or x)
 end
 
 local Bottleneck = nn.Module:extend("Bottleneck")
@@ -53,12 +52,11 @@ function Bottleneck:init(conv, in_channels, planes, stride)
   end
   self.conv1 = conv(in_channels, planes, 1, 1, "relu")
   self.conv2 = conv(planes, planes, 3, stride, "relu")
-  self.conv3 = conv(planes, out_channels, 1, 1)
+  self.conv3 = conv(planes, out_channels, 1, 1, "relu")
 end
 
 function Bottleneck:forward(x)
-  local y = self.conv3(self.conv2(self.conv1(x)))
-  return F.relu(y + (self.shortcut and self.shortcut(x) or x))
+  return self.conv3(self.conv2(self.conv1(x)), self.shortcut and self.shortcut(x) or x)
 end
 
 local residuals = { basic = Basic, bottleneck = Bottleneck }

@@ -1,9 +1,9 @@
 /* conv.c: convolution in its three directions: sizes taken from the arrays, the fastest way chosen for them, and around
- * it what every way needs (an input normalised first, a dense bias, empty arrays).
+ * it what a way leaves to do (an input normalised first, a residual and a ReLU afterwards, a dense bias, empty arrays).
  *
  * The ways, for float32: by positions on small maps; Winograd's for 3x3; oneDNN's kernels; by lowering. The choice was
- * measured; `preferred` says when which is the fastest. For bfloat16: oneDNN's kernels; for some
- * weight gradients by gathering or by folding; float32 where there is none of them.
+ * measured; `preferred` says when which is the fastest. For bfloat16: oneDNN's kernels; for some weight gradients by
+ * gathering or by folding; float32 where there is none of them.
  * OREPA_CONV=winograd|direct forces Winograd's way wherever it exists, or never. */
 #include <pthread.h>
 #include <stdlib.h>
@@ -14,11 +14,13 @@
 #include "cpu/onednn.h"
 #include "cpu/scratch.h"
 #include "cpu/winograd.h"
+#include "elementwise.h"
 
 #define DECLARE(entry) __typeof__(*((orepa_device *)0)->entry) cpu_##entry
 DECLARE(bfloat16_pays);
 DECLARE(conv_fusion);
 DECLARE(conv_forward);
+DECLARE(conv_packed);
 DECLARE(conv_backward_data);
 DECLARE(conv_backward_weight);
 #undef DECLARE
@@ -75,19 +77,26 @@ static void read_forced(void) {
   forced.direct = way && !strcmp(way, "direct");
 }
 
-static bool by_winograd(conv_direction direction, const conv_geometry *g, bool accurate) {
+/* What is chosen for beside the geometry. */
+typedef struct {
+  bool accurate;
+  bool kept; /* the kernel as the way wants it */
+} conv_wish;
+
+static bool by_winograd(conv_direction direction, const conv_geometry *g, conv_wish wish) {
   pthread_once(&forced.once, read_forced);
-  return winograd_can(g) && !accurate && !forced.direct && (forced.winograd || winograd_suits(direction, g));
+  return winograd_can(g) && !wish.accurate && !forced.direct &&
+         (forced.winograd || winograd_suits(direction, g, wish.kept));
 }
 
 enum { LEAST_RUN = 128 /* numbers side by side in a patch, from which gathering patches is cheap */ };
 
 /* oneDNN's kernels for AVX-512 are as fast as a product. Those for AVX2 lose to it where they step over pixels and in
  * the weight gradient, unless the patches are crumbs (first layers, depthwise). */
-static conv_way preferred(conv_direction direction, const conv_geometry *g, bool accurate) {
+static conv_way preferred(conv_direction direction, const conv_geometry *g, conv_wish wish) {
   if (g->dtype != OREPA_FLOAT32)
     return conv_gathered_suits(direction, g) ? BY_GATHERING : conv_folded_suits(direction, g) ? BY_FOLDING : BY_ONEDNN;
-  if (by_winograd(direction, g, accurate))
+  if (by_winograd(direction, g, wish))
     return BY_WINOGRAD;
   if (conv_positions_suit(direction, g))
     return BY_POSITIONS;
@@ -96,27 +105,55 @@ static conv_way preferred(conv_direction direction, const conv_geometry *g, bool
   return lowers && (strided || direction == CONV_BACKWARD_WEIGHT) ? BY_LOWERING : BY_ONEDNN;
 }
 
-/* The way and its scratch: float32 is lowered where oneDNN has nothing good. */
-static device_status choose(conv_direction direction, const conv_geometry *g, bool has_bias, bool accurate,
-                            conv_way *way, size_t *bytes) {
-  *way = preferred(direction, g, accurate);
-  *bytes = 0;
-  if (*way == BY_GATHERING || *way == BY_FOLDING) {
-    device_status status = *way == BY_GATHERING ? conv_gathered_scratch(g, bytes) : conv_folded_scratch(g, bytes);
-    if (status != DEVICE_UNSUPPORTED)
-      return status;
-    *way = BY_ONEDNN;
+/* How a convolution is computed. */
+typedef struct {
+  conv_way way;
+  int follows;   /* what the way does afterwards, a set of FOLLOWED_BY_* */
+  size_t bytes;  /* of scratch */
+  size_t packed; /* of the kernel; 0: there is nothing to keep */
+  int64_t mark;
+} conv_choice;
+
+enum { WINOGRAD_MARK = 0 }; /* oneDNN's are greater */
+
+/* By oneDNN, which may have a kernel for the bias alone. */
+static device_status choose_onednn(conv_direction direction, const conv_geometry *g, int follows, conv_choice *choice) {
+  onednn_needs needs = {0};
+  choice->follows = follows;
+  device_status status = onednn_conv_prepare(direction, g, follows, &needs);
+  if (status == DEVICE_UNSUPPORTED && follows & ~FOLLOWED_BY_BIAS) {
+    choice->follows = follows & FOLLOWED_BY_BIAS;
+    status = onednn_conv_prepare(direction, g, choice->follows, &needs);
   }
-  if (*way == BY_ONEDNN) {
-    device_status status = onednn_conv_scratch(direction, g, has_bias, bytes);
+  choice->way = BY_ONEDNN;
+  choice->bytes = needs.scratch;
+  choice->packed = needs.packed;
+  choice->mark = needs.mark;
+  return status;
+}
+
+/* float32 is lowered where oneDNN has nothing good. */
+static device_status choose(conv_direction direction, const conv_geometry *g, int follows, conv_wish wish,
+                            conv_choice *choice) {
+  *choice = (conv_choice){.way = preferred(direction, g, wish), .follows = follows & FOLLOWED_BY_BIAS};
+  conv_way way = choice->way;
+  device_status status = DEVICE_DONE;
+  if (way == BY_GATHERING || way == BY_FOLDING) {
+    status = way == BY_GATHERING ? conv_gathered_scratch(g, &choice->bytes) : conv_folded_scratch(g, &choice->bytes);
+    if (status == DEVICE_UNSUPPORTED)
+      status = choose_onednn(direction, g, follows, choice);
+    return status;
+  }
+  if (way == BY_ONEDNN) {
+    status = choose_onednn(direction, g, follows, choice);
     if (status != DEVICE_UNSUPPORTED || g->dtype != OREPA_FLOAT32)
       return status;
-    *way = BY_LOWERING;
+    *choice = (conv_choice){.way = way = BY_LOWERING, .follows = follows & FOLLOWED_BY_BIAS};
   }
-  if (*way == BY_WINOGRAD)
-    *bytes = winograd_scratch(direction, g);
-  else if (*way != BY_ONEDNN)
-    *bytes = *way == BY_POSITIONS ? conv_positions_scratch(direction, g) : conv_lowered_scratch(g);
+  if (way == BY_WINOGRAD)
+    *choice = (conv_choice){way, follows, winograd_scratch(direction, g), winograd_packed(g), WINOGRAD_MARK};
+  else
+    choice->bytes = way == BY_POSITIONS ? conv_positions_scratch(direction, g) : conv_lowered_scratch(g);
   return DEVICE_DONE;
 }
 
@@ -125,11 +162,11 @@ static device_status choose(conv_direction direction, const conv_geometry *g, bo
 /* A convolution on its way: what is planned before scratch is taken, and the pointers. */
 typedef struct {
   conv_direction direction;
-  bool accurate;
+  conv_wish wish;
   conv_geometry g;    /* as it is computed */
   conv_geometry seen; /* of the points that a strided 1x1 sees; g is then that of the points alone */
   bool takes_points;
-  conv_way way;
+  conv_choice choice;
   cpu_scratch scratch;
   size_t own, points, normal, lent, dense[3]; /* places */
   size_t lent_bytes;
@@ -137,10 +174,11 @@ typedef struct {
   int64_t kernel_dtype; /* as given */
   size_t wide_x, wide_w, wide_y, wide_bias;
   void *x, *w, *y;
-  const void *bias;
+  conv_epilogue after;
   const float *scale, *shift; /* of a prologue that is fused */
   bool relu;
   float *moments; /* that are fused */
+  const device_packed *packed;
 } conv_work;
 
 static bool is_strided_point(const conv_geometry *g) {
@@ -168,16 +206,16 @@ static int64_t count_y(const conv_geometry *g) {
   return g->batch * g->groups * g->out * pixels(g->result);
 }
 
-static device_status plan_in_type(conv_work *c, bool has_bias) {
-  size_t bytes, size = orepa_dtype_size((orepa_dtype)c->g.dtype);
-  c->takes_points = is_strided_point(&c->g) && preferred(c->direction, &c->g, c->accurate) != BY_POSITIONS;
+static device_status plan_in_type(conv_work *c, int follows) {
+  size_t size = orepa_dtype_size((orepa_dtype)c->g.dtype);
+  c->takes_points = is_strided_point(&c->g) && preferred(c->direction, &c->g, c->wish) != BY_POSITIONS;
   if (c->takes_points) {
     c->seen = c->g;
     c->g = of_points(&c->seen);
     c->points = scratch_place(&c->scratch, (size_t)count_x(&c->g) * size);
   }
-  device_status status = choose(c->direction, &c->g, has_bias, c->accurate, &c->way, &bytes);
-  c->own = scratch_place(&c->scratch, bytes);
+  device_status status = choose(c->direction, &c->g, follows, c->wish, &c->choice);
+  c->own = scratch_place(&c->scratch, c->choice.bytes);
   return status;
 }
 
@@ -187,10 +225,10 @@ static void plan_lent(conv_work *c, int64_t count) {
   c->lent = scratch_place(&c->scratch, c->lent_bytes);
 }
 
-static device_status plan(conv_work *c, bool has_bias) {
+static device_status plan(conv_work *c, int follows) {
   conv_geometry given = c->g;
   c->kernel_dtype = given.kernel_dtype;
-  device_status status = plan_in_type(c, has_bias);
+  device_status status = plan_in_type(c, follows);
   if (status != DEVICE_UNSUPPORTED || given.dtype != OREPA_BFLOAT16)
     return status;
   c->widens = true;
@@ -200,39 +238,42 @@ static device_status plan(conv_work *c, bool has_bias) {
   c->wide_x = scratch_place(&c->scratch, (size_t)count_x(&given) * sizeof(float));
   c->wide_w = scratch_place(&c->scratch, (size_t)count_w(&given) * sizeof(float));
   c->wide_y = scratch_place(&c->scratch, (size_t)count_y(&given) * sizeof(float));
-  c->wide_bias = scratch_place(&c->scratch, has_bias ? (size_t)(given.groups * given.out) * sizeof(float) : 0);
+  c->wide_bias = scratch_place(&c->scratch, (size_t)(given.groups * given.out) * sizeof(float));
   plan_lent(c, 0);
-  return plan_in_type(c, has_bias);
+  status = plan_in_type(c, follows & FOLLOWED_BY_BIAS);
+  c->choice.packed = 0;
+  return status;
 }
 
 /* What is planned, with scratch taken and x, w, y and bias set. */
 static device_status compute_in_type(conv_work *c) {
   void *own = c->scratch.memory + c->own, *x = c->x;
   size_t size = orepa_dtype_size((orepa_dtype)c->g.dtype);
+  conv_way way = c->choice.way;
   device_status status;
   if (c->takes_points) {
     x = c->scratch.memory + c->points;
     if (c->direction != CONV_BACKWARD_DATA)
       conv_take_points(&c->seen, size, x, c->x);
   }
-  if (c->way == BY_WINOGRAD) {
-    winograd_operands operands = {.conv = {&c->g, x, c->w, c->y, c->bias},
-                                  .scale = c->scale,
-                                  .shift = c->shift,
-                                  .relu_x = c->relu,
-                                  .moments = c->moments};
+  /* what the way does itself */
+  const int follows = c->choice.follows;
+  const conv_epilogue after = {c->after.bias, follows & FOLLOWED_BY_RESIDUAL ? c->after.residual : NULL,
+                               follows & FOLLOWED_BY_RELU};
+  if (way == BY_WINOGRAD) {
+    winograd_operands operands = {&c->g, x, c->w, c->y, c->scale, c->shift, c->relu, after, c->moments, c->packed};
     winograd_conv(c->direction, &operands, own);
     status = DEVICE_DONE;
-  } else if (c->way == BY_ONEDNN) {
-    status = onednn_conv(c->direction, &c->g, x, c->w, c->y, c->bias, own);
-  } else if (c->way == BY_GATHERING) {
+  } else if (way == BY_ONEDNN) {
+    status = onednn_conv(c->direction, &c->g, x, c->w, c->y, &after, c->packed, own);
+  } else if (way == BY_GATHERING) {
     status = conv_gathered(&c->g, x, c->w, c->y, own);
-  } else if (c->way == BY_FOLDING) {
+  } else if (way == BY_FOLDING) {
     status = conv_folded(&c->g, x, c->w, c->y, own);
   } else {
-    conv_operands operands = {&c->g, x, c->w, c->y, c->bias};
-    status = c->way == BY_POSITIONS ? conv_by_positions(c->direction, &operands, own)
-                                    : conv_lowered(c->direction, &operands, own);
+    conv_operands operands = {&c->g, x, c->w, c->y, after.bias};
+    status = way == BY_POSITIONS ? conv_by_positions(c->direction, &operands, own)
+                                 : conv_lowered(c->direction, &operands, own);
   }
   if (status == DEVICE_DONE && c->takes_points && c->direction == CONV_BACKWARD_DATA)
     conv_spread_points(&c->seen, size, c->x, x);
@@ -267,9 +308,9 @@ static device_status compute(device_context *context, conv_work *c) {
     if (!all[k].result)
       status = convert(&lent, all[k].count, OREPA_FLOAT32, all[k].wide, OREPA_BFLOAT16, all[k].given);
   }
-  if (c->bias && status == DEVICE_DONE) {
-    status = convert(&lent, g->groups * g->out, OREPA_FLOAT32, memory + c->wide_bias, OREPA_BFLOAT16, c->bias);
-    c->bias = memory + c->wide_bias;
+  if (c->after.bias && status == DEVICE_DONE) {
+    status = convert(&lent, g->groups * g->out, OREPA_FLOAT32, memory + c->wide_bias, OREPA_BFLOAT16, c->after.bias);
+    c->after.bias = memory + c->wide_bias;
   }
   if (status == DEVICE_DONE)
     status = compute_in_type(c);
@@ -280,6 +321,10 @@ static device_status compute(device_context *context, conv_work *c) {
 }
 
 /* ---- what goes with a convolution: numbers of the channels, an input to be normalised ---- */
+
+static int follows_of(const device_epilogue *e) {
+  return e ? conv_follows(&(conv_epilogue){e->bias, e->residual, e->relu}) : 0;
+}
 
 /* Room for the numbers of `a`, if they have to be moved side by side. */
 static size_t place_dense(conv_work *c, const device_array *a) {
@@ -296,16 +341,20 @@ static const void *dense(const conv_work *c, const device_array *a, size_t place
   return copy;
 }
 
-/* Whether a planned convolution normalises its input as it reads it, and measures its output as it writes it. */
-static device_conv_fusion fusion_of(const conv_work *c) {
-  bool winograd = c->way == BY_WINOGRAD && !c->widens, fuses = winograd && winograd_fuses_prologue();
-  return (device_conv_fusion){fuses, fuses, winograd};
+/* What a way of computing does of a convolution's surroundings. */
+static device_conv_fusion fusion_of(conv_way way, bool widens) {
+  bool winograd = way == BY_WINOGRAD && !widens, prologue = winograd && winograd_fuses_prologue();
+  return (device_conv_fusion){prologue, prologue, winograd};
+}
+
+static bool fuses_prologue(const conv_work *c) {
+  return fusion_of(c->choice.way, c->widens).prologue;
 }
 
 static void plan_prologue(conv_work *c, const device_array *x, const device_prologue *prologue) {
   if (!prologue)
     return;
-  if (fusion_of(c).prologue) {
+  if (fuses_prologue(c)) {
     c->dense[0] = place_dense(c, &prologue->scale);
     c->dense[1] = place_dense(c, &prologue->shift);
   } else {
@@ -318,7 +367,7 @@ static device_status run_prologue(device_context *context, conv_work *c, const d
                                   const device_prologue *prologue) {
   if (!prologue)
     return DEVICE_DONE;
-  if (fusion_of(c).prologue) {
+  if (fuses_prologue(c)) {
     c->scale = dense(c, &prologue->scale, c->dense[0]);
     c->shift = dense(c, &prologue->shift, c->dense[1]);
     c->relu = prologue->relu;
@@ -341,17 +390,23 @@ bool cpu_bfloat16_pays(device_context *context) {
 device_conv_fusion cpu_conv_fusion(device_context *context, const orepa_conv *conv, const device_array *y,
                                    const device_array *x, const device_array *w) {
   bool empty = count(y) == 0 || count(x) == 0 || count(w) == 0;
-  conv_work forward = {.g = geometry_of(conv, x, w, y), .accurate = context->accurate};
   if (empty || !supported(x, w, y, NULL))
     return (device_conv_fusion){false, false, false};
-  conv_work weight = forward;
-  forward.direction = CONV_FORWARD;
-  weight.direction = CONV_BACKWARD_WEIGHT;
-  forward.way = preferred(CONV_FORWARD, &forward.g, context->accurate);
-  weight.way = preferred(CONV_BACKWARD_WEIGHT, &weight.g, context->accurate);
-  device_conv_fusion fusion = fusion_of(&forward);
-  fusion.weight_prologue = fusion_of(&weight).weight_prologue;
+  conv_geometry g = geometry_of(conv, x, w, y);
+  const conv_wish wish = {.accurate = context->accurate};
+  device_conv_fusion fusion = fusion_of(preferred(CONV_FORWARD, &g, wish), false);
+  fusion.weight_prologue = fusion_of(preferred(CONV_BACKWARD_WEIGHT, &g, wish), false).weight_prologue;
   return fusion;
+}
+
+size_t cpu_conv_packed(device_context *context, const orepa_conv *conv, const device_array *y, const device_array *x,
+                       const device_array *w, const device_epilogue *epilogue, int64_t *mark) {
+  conv_work c = {.direction = CONV_FORWARD, .wish = {context->accurate, true}, .g = geometry_of(conv, x, w, y)};
+  bool empty = count(y) == 0 || count(x) == 0 || count(w) == 0;
+  if (empty || !supported(x, w, y, NULL) || plan(&c, follows_of(epilogue)) != DEVICE_DONE)
+    return 0;
+  *mark = c.choice.mark;
+  return c.choice.packed;
 }
 
 /* y = bias, or zeros: what is left where the kernel or the map is empty. */
@@ -365,48 +420,86 @@ static device_status fill_result(device_context *context, const device_array *y,
   return context->device->copy(context, y, &spread);
 }
 
+/* What no way did of the epilogue: y + residual, then the ReLU. */
+static device_status finish(device_context *context, const conv_work *c, int wanted, int done, const device_array *y,
+                            const device_array *residual) {
+  device_context lent = scratch_lend(context, c->scratch.memory + c->lent, c->lent_bytes);
+  device_status status = DEVICE_DONE;
+  if (wanted & ~done & FOLLOWED_BY_RESIDUAL)
+    status = context->device->elementwise(&lent, FUNCTION_add, 0, y, (device_array[]){*y, *residual}, NULL);
+  if (status == DEVICE_DONE && wanted & ~done & FOLLOWED_BY_RELU)
+    status = context->device->elementwise(&lent, FUNCTION_relu, 0, y, y, NULL);
+  return status;
+}
+
 static device_status forward(device_context *context, conv_work *c, const device_array *y, const device_array *x,
-                             const device_array *bias, const device_prologue *prologue, const device_array *moments) {
-  device_status status = plan(c, bias);
+                             const device_epilogue *epilogue, const device_prologue *prologue,
+                             const device_array *moments) {
+  const device_array *bias = epilogue ? epilogue->bias : NULL, *residual = epilogue ? epilogue->residual : NULL;
+  const int follows = follows_of(epilogue);
+  device_status status = plan(c, follows);
   if (status != DEVICE_DONE)
     return status;
+  const int done = c->choice.follows;
   plan_prologue(c, x, prologue);
+  if (!c->lent_bytes)
+    plan_lent(c, 0);
   c->dense[2] = place_dense(c, bias);
   if (!scratch_take(&c->scratch, context))
     return DEVICE_FAILED;
-  c->bias = bias ? dense(c, bias, c->dense[2]) : NULL;
-  c->moments = moments && fusion_of(c).moments ? moments->data : NULL;
+  c->after = (conv_epilogue){bias ? dense(c, bias, c->dense[2]) : NULL, residual ? residual->data : NULL,
+                             epilogue && epilogue->relu};
+  bool measures = done == follows && fusion_of(c->choice.way, c->widens).moments;
+  c->moments = moments && measures ? moments->data : NULL;
   status = run_prologue(context, c, x, prologue);
   if (status == DEVICE_DONE)
     status = compute(context, c);
+  if (status == DEVICE_DONE && follows != done)
+    status = finish(context, c, follows, done, y, residual);
   return status == DEVICE_DONE && moments && !c->moments ? context->device->norm_moments(context, moments, y) : status;
 }
 
+/* act(bias + residual) of nothing: what is left where the kernel or the map is empty. */
+static device_status forward_of_nothing(device_context *context, const device_array *y,
+                                        const device_epilogue *epilogue) {
+  conv_work c = {0};
+  device_status status = fill_result(context, y, epilogue ? epilogue->bias : NULL);
+  plan_lent(&c, 0);
+  if (status == DEVICE_DONE && !scratch_take(&c.scratch, context))
+    status = DEVICE_FAILED;
+  return status == DEVICE_DONE && epilogue
+             ? finish(context, &c, follows_of(epilogue), FOLLOWED_BY_BIAS, y, epilogue->residual)
+             : status;
+}
+
 device_status cpu_conv_forward(device_context *context, const orepa_conv *conv, const device_array *y,
-                               const device_array *x, const device_array *w, const device_array *bias,
-                               const device_prologue *prologue, const device_array *moments) {
+                               const device_array *x, const device_array *w, const device_epilogue *epilogue,
+                               const device_prologue *prologue, const device_array *moments,
+                               const device_packed *packed) {
   conv_work c = {.direction = CONV_FORWARD,
-                 .accurate = context->accurate,
+                 .wish = {context->accurate, packed},
                  .g = geometry_of(conv, x, w, y),
                  .x = x->data,
                  .w = w->data,
-                 .y = y->data};
-  if (!supported(x, w, y, bias))
+                 .y = y->data,
+                 .packed = packed && packed->memory ? packed : NULL};
+  if (!supported(x, w, y, epilogue ? epilogue->bias : NULL))
     return DEVICE_UNSUPPORTED;
   if (count(y) && count(x) && count(w))
-    return forward(context, &c, y, x, bias, prologue, moments);
-  device_status status = count(y) ? fill_result(context, y, bias) : DEVICE_DONE;
+    return forward(context, &c, y, x, epilogue, prologue, moments);
+  device_status status = count(y) ? forward_of_nothing(context, y, epilogue) : DEVICE_DONE;
   return status == DEVICE_DONE && moments ? context->device->norm_moments(context, moments, y) : status;
 }
 
 device_status cpu_conv_backward_data(device_context *context, const orepa_conv *conv, const device_array *dx,
                                      const device_array *dy, const device_array *w) {
-  conv_work c = {.direction = CONV_BACKWARD_DATA, .accurate = context->accurate, .g = geometry_of(conv, dx, w, dy)};
+  conv_work c = {
+      .direction = CONV_BACKWARD_DATA, .wish.accurate = context->accurate, .g = geometry_of(conv, dx, w, dy)};
   if (!supported(dx, w, dy, NULL))
     return DEVICE_UNSUPPORTED;
   if (count(dx) == 0 || count(dy) == 0 || count(w) == 0)
     return context->device->fill(context, dx, (device_number){0});
-  device_status status = plan(&c, false);
+  device_status status = plan(&c, 0);
   if (status != DEVICE_DONE)
     return status;
   if (!scratch_take(&c.scratch, context))
@@ -419,7 +512,7 @@ device_status cpu_conv_backward_data(device_context *context, const orepa_conv *
 
 static device_status backward_weight(device_context *context, conv_work *c, const device_array *x,
                                      const device_prologue *prologue) {
-  device_status status = plan(c, false);
+  device_status status = plan(c, 0);
   if (status != DEVICE_DONE)
     return status;
   plan_prologue(c, x, prologue);
@@ -432,7 +525,8 @@ static device_status backward_weight(device_context *context, conv_work *c, cons
 device_status cpu_conv_backward_weight(device_context *context, const orepa_conv *conv, const device_array *dw,
                                        const device_array *dbias, const device_array *x, const device_array *dy,
                                        const device_prologue *prologue) {
-  conv_work c = {.direction = CONV_BACKWARD_WEIGHT, .accurate = context->accurate, .g = geometry_of(conv, x, dw, dy)};
+  conv_work c = {
+      .direction = CONV_BACKWARD_WEIGHT, .wish.accurate = context->accurate, .g = geometry_of(conv, x, dw, dy)};
   if (!supported(x, x, dy, NULL) || !is_gradient_of(dw, x) || !is_gradient_of(dbias, x))
     return DEVICE_UNSUPPORTED;
   c.x = x->data;

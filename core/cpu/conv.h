@@ -36,6 +36,19 @@ static inline bool conv_is_point(const conv_geometry *g) {
   return g->kernel[0] == 1 && g->kernel[1] == 1;
 }
 
+/* What follows the forward pass: act(y + bias + residual), dense, of the map's type; NULL: absent. Ways differ in how
+ * much of it they do, a set of FOLLOWED_BY_*. The ReLU of NaN may be 0. */
+typedef struct {
+  const void *bias, *residual;
+  bool relu;
+} conv_epilogue;
+
+enum { FOLLOWED_BY_BIAS = 1, FOLLOWED_BY_RESIDUAL = 2, FOLLOWED_BY_RELU = 4 };
+
+static inline int conv_follows(const conv_epilogue *e) {
+  return (e->bias ? FOLLOWED_BY_BIAS : 0) | (e->residual ? FOLLOWED_BY_RESIDUAL : 0) | (e->relu ? FOLLOWED_BY_RELU : 0);
+}
+
 /* What one of the ways works on: float32. Forward writes y, the other directions x or w; bias (dense) may be NULL. */
 typedef struct {
   const conv_geometry *g;

@@ -58,7 +58,9 @@ static folded_places places_of(const conv_geometry *cells) {
 
 device_status conv_folded_scratch(const conv_geometry *g, size_t *bytes) {
   conv_geometry cells = of_cells(g);
-  device_status status = onednn_conv_scratch(CONV_BACKWARD_WEIGHT, &cells, false, bytes);
+  onednn_needs needs = {0};
+  device_status status = onednn_conv_prepare(CONV_BACKWARD_WEIGHT, &cells, 0, &needs);
+  *bytes = needs.scratch;
   *bytes += places_of(&cells).own;
   return status;
 }
@@ -106,7 +108,7 @@ device_status conv_folded(const conv_geometry *g, const void *x, void *dw, void 
   char *memory = scratch;
   fold(g, &cells, x, scratch);
   device_status status =
-      onednn_conv(CONV_BACKWARD_WEIGHT, &cells, memory, memory + places.kernel, dy, NULL, memory + places.own);
+      onednn_conv(CONV_BACKWARD_WEIGHT, &cells, memory, memory + places.kernel, dy, NULL, NULL, memory + places.own);
   if (status == DEVICE_DONE)
     unfold_kernel(g, &cells, dw, memory + places.kernel);
   return status;

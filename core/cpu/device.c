@@ -13,6 +13,7 @@
 DECLARE(bfloat16_pays);
 DECLARE(conv_fusion);
 DECLARE(conv_forward);
+DECLARE(conv_packed);
 DECLARE(conv_backward_data);
 DECLARE(conv_backward_weight);
 DECLARE(matmul);
@@ -73,6 +74,7 @@ static void make_tables(void) {
                                  .matmul = cpu_matmul,
                                  .conv_fusion = cpu_conv_fusion,
                                  .conv_forward = cpu_conv_forward,
+                                 .conv_packed = cpu_conv_packed,
                                  .conv_backward_data = cpu_conv_backward_data,
                                  .conv_backward_weight = cpu_conv_backward_weight};
     installs[isa](&tables[isa]);

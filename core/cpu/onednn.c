@@ -24,9 +24,7 @@ static void open_library(void) {
   if (status == dnnl_success)
     status = dnnl_stream_create(&library.stream, library.engine, dnnl_stream_default_flags);
   if (status == dnnl_success)
-    status = dnnl_primitive_attr_create(&library.attributes);
-  if (status == dnnl_success)
-    status = dnnl_primitive_attr_set_scratchpad_mode(library.attributes, dnnl_scratchpad_mode_user);
+    status = onednn_attributes_new(&library.attributes, NULL, false);
   open_status = status;
 }
 
@@ -80,7 +78,7 @@ typedef enum { KIND_FORWARD, KIND_BACKWARD_DATA, KIND_BACKWARD_WEIGHT, KIND_MATM
 
 /* What a primitive depends on: also the number of threads, which it cuts its work for. */
 typedef struct {
-  int64_t kind, threads, has_bias, numbers[KEY_NUMBERS];
+  int64_t kind, threads, follows, numbers[KEY_NUMBERS];
 } primitive_key;
 
 typedef struct {
@@ -97,6 +95,7 @@ static struct {
   int buckets[BUCKETS]; /* 1 + the first entry; 0: none */
   int count;
   uint64_t clock;
+  int64_t marks; /* of packed kernels that were given out */
 } store = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
 static unsigned bucket_of(const primitive_key *key) {
@@ -125,6 +124,15 @@ static void unlink_entry(int index) {
   *link = store.entries[index].next;
 }
 
+/* The mark of a kernel as it is packed for a new primitive: that of another which packs in the same way, or a new one.
+ */
+static int64_t mark_of(const onednn_primitive *made) {
+  for (int k = 0; k < store.count; k++)
+    if (onednn_same_packing(&store.entries[k].primitive, made))
+      return store.entries[k].primitive.mark;
+  return ++store.marks;
+}
+
 /* Moves a made primitive into the store, in place of the one that was not used for the longest time if it is full. */
 static stored_primitive *keep(const stored_primitive *made, unsigned bucket) {
   int index = store.count;
@@ -148,14 +156,14 @@ static stored_primitive *keep(const stored_primitive *made, unsigned bucket) {
 
 /* ---- finding and running ---- */
 
-static primitive_key conv_key(conv_direction direction, const conv_geometry *g, bool has_bias) {
-  primitive_key key = {.kind = direction, .threads = omp_get_max_threads(), .has_bias = has_bias};
+static primitive_key conv_key(conv_direction direction, const conv_geometry *g, int follows) {
+  primitive_key key = {.kind = direction, .threads = omp_get_max_threads(), .follows = follows};
   memcpy(key.numbers, g, sizeof *g);
   return key;
 }
 
 static primitive_key matmul_key(const onednn_matmul_shape *shape, bool has_bias) {
-  primitive_key key = {.kind = KIND_MATMUL, .threads = omp_get_max_threads(), .has_bias = has_bias};
+  primitive_key key = {.kind = KIND_MATMUL, .threads = omp_get_max_threads(), .follows = has_bias};
   memcpy(key.numbers, shape, sizeof *shape);
   return key;
 }
@@ -188,11 +196,11 @@ static dnnl_status_t make(onednn_primitive *primitive, const primitive_key *key)
   if (key->kind == KIND_MATMUL) {
     onednn_matmul_shape shape;
     memcpy(&shape, key->numbers, sizeof shape);
-    return onednn_make_product(primitive, &library, &shape, key->has_bias);
+    return onednn_make_product(primitive, &library, &shape, key->follows);
   }
   conv_geometry g;
   memcpy(&g, key->numbers, sizeof g);
-  return onednn_make_conv(primitive, &library, (conv_direction)key->kind, &g, key->has_bias);
+  return onednn_make_conv(primitive, &library, (conv_direction)key->kind, &g, (int)key->follows);
 }
 
 /* The primitive of a key, made if need be, with the store locked. NULL: failed, with a message. */
@@ -204,8 +212,10 @@ static stored_primitive *find(const primitive_key *key) {
   stored_primitive made = {.key = *key};
   pthread_once(&opened, open_library);
   dnnl_status_t status = make(&made.primitive, key);
-  if (status == dnnl_success)
+  if (status == dnnl_success) {
+    made.primitive.mark = mark_of(&made.primitive);
     return keep(&made, bucket);
+  }
   onednn_primitive_free(&made.primitive);
   char text[ROOM];
   describe_key(key, text);
@@ -213,22 +223,23 @@ static stored_primitive *find(const primitive_key *key) {
   return made.status == DEVICE_UNSUPPORTED ? keep(&made, bucket) : NULL;
 }
 
-static device_status scratch_of(const primitive_key *key, size_t *bytes) {
+static device_status needs_of(const primitive_key *key, onednn_needs *needs) {
   pthread_mutex_lock(&store.lock);
   stored_primitive *e = find(key);
   device_status status = e ? e->status : DEVICE_FAILED;
   if (status == DEVICE_DONE)
-    *bytes = onednn_primitive_scratch(&e->primitive);
+    *needs = (onednn_needs){onednn_primitive_scratch(&e->primitive), e->primitive.packed_bytes, e->primitive.mark};
   pthread_mutex_unlock(&store.lock);
   return status;
 }
 
-static device_status run(const primitive_key *key, void *const pointers[ARGUMENTS], void *scratch) {
+static device_status run(const primitive_key *key, void *const pointers[ARGUMENTS], const device_packed *packed,
+                         void *scratch) {
   pthread_mutex_lock(&store.lock);
   stored_primitive *e = find(key);
   device_status status = e ? e->status : DEVICE_FAILED;
   if (status == DEVICE_DONE) {
-    dnnl_status_t result = onednn_primitive_run(&e->primitive, &library, pointers, scratch);
+    dnnl_status_t result = onednn_primitive_run(&e->primitive, &library, pointers, packed, scratch);
     if (result != dnnl_success) {
       char text[ROOM];
       describe_key(key, text);
@@ -240,19 +251,20 @@ static device_status run(const primitive_key *key, void *const pointers[ARGUMENT
   return status;
 }
 
-device_status onednn_conv_scratch(conv_direction direction, const conv_geometry *g, bool has_bias, size_t *bytes) {
-  primitive_key key = conv_key(direction, g, has_bias);
-  return scratch_of(&key, bytes);
+device_status onednn_conv_prepare(conv_direction direction, const conv_geometry *g, int follows, onednn_needs *needs) {
+  primitive_key key = conv_key(direction, g, follows);
+  return needs_of(&key, needs);
 }
 
-device_status onednn_conv(conv_direction direction, const conv_geometry *g, void *x, void *w, void *y, const void *bias,
-                          void *scratch) {
-  primitive_key key = conv_key(direction, g, bias);
-  return run(&key, (void *[ARGUMENTS]){x, w, y, (void *)bias}, scratch);
+device_status onednn_conv(conv_direction direction, const conv_geometry *g, void *x, void *w, void *y,
+                          const conv_epilogue *epilogue, const device_packed *packed, void *scratch) {
+  const conv_epilogue after = epilogue ? *epilogue : (conv_epilogue){0};
+  primitive_key key = conv_key(direction, g, conv_follows(&after));
+  return run(&key, (void *[ARGUMENTS]){x, w, y, (void *)after.bias, (void *)after.residual}, packed, scratch);
 }
 
-const char *onednn_conv_implementation(conv_direction direction, const conv_geometry *g, bool has_bias) {
-  primitive_key key = conv_key(direction, g, has_bias);
+const char *onednn_conv_implementation(conv_direction direction, const conv_geometry *g, int follows) {
+  primitive_key key = conv_key(direction, g, follows);
   pthread_mutex_lock(&store.lock);
   stored_primitive *e = find(&key);
   pthread_mutex_unlock(&store.lock);
@@ -261,11 +273,14 @@ const char *onednn_conv_implementation(conv_direction direction, const conv_geom
 
 device_status onednn_matmul_scratch(const onednn_matmul_shape *shape, bool has_bias, size_t *bytes) {
   primitive_key key = matmul_key(shape, has_bias);
-  return scratch_of(&key, bytes);
+  onednn_needs needs = {0};
+  device_status status = needs_of(&key, &needs);
+  *bytes = needs.scratch;
+  return status;
 }
 
 device_status onednn_matmul(const onednn_matmul_shape *shape, void *a, void *b, const void *bias, void *c,
                             void *scratch) {
   primitive_key key = matmul_key(shape, bias);
-  return run(&key, (void *[ARGUMENTS]){a, b, c, (void *)bias}, scratch);
+  return run(&key, (void *[ARGUMENTS]){a, b, c, (void *)bias}, NULL, scratch);
 }

@@ -14,6 +14,31 @@ dnnl_status_t onednn_describe_copy(const onednn_library *library, onednn_layout 
   return dnnl_reorder_primitive_desc_create(desc, from, library->engine, to, library->engine, library->attributes);
 }
 
+static dnnl_status_t append_relu(dnnl_post_ops_t after) {
+#if DNNL_VERSION_MAJOR < 3
+  return dnnl_post_ops_append_eltwise(after, 1, dnnl_eltwise_relu, 0, 0);
+#else
+  return dnnl_post_ops_append_eltwise(after, dnnl_eltwise_relu, 0, 0);
+#endif
+}
+
+dnnl_status_t onednn_attributes_new(dnnl_primitive_attr_t *attributes, onednn_layout residual, bool relu) {
+  dnnl_post_ops_t after = NULL;
+  dnnl_status_t status = dnnl_primitive_attr_create(attributes);
+  if (status == dnnl_success)
+    status = dnnl_primitive_attr_set_scratchpad_mode(*attributes, dnnl_scratchpad_mode_user);
+  if (status == dnnl_success)
+    status = dnnl_post_ops_create(&after);
+  if (status == dnnl_success && residual)
+    status = dnnl_post_ops_append_binary(after, dnnl_binary_add, residual);
+  if (status == dnnl_success && relu)
+    status = append_relu(after);
+  if (status == dnnl_success)
+    status = dnnl_primitive_attr_set_post_ops(*attributes, after);
+  dnnl_post_ops_destroy(after);
+  return status;
+}
+
 #if DNNL_VERSION_MAJOR < 3
 
 dnnl_status_t onednn_layout_new(onednn_layout *layout, int64_t dtype, int rank, const int64_t *shape,
@@ -35,8 +60,8 @@ void onednn_layout_free(onednn_layout layout) {
 }
 
 dnnl_status_t onednn_describe_conv(const onednn_library *library, conv_direction direction,
-                                   const onednn_conv_layouts *l, const_dnnl_primitive_desc_t forward,
-                                   dnnl_primitive_desc_t *desc) {
+                                   const onednn_conv_layouts *l, const_dnnl_primitive_attr_t attributes,
+                                   const_dnnl_primitive_desc_t forward, dnnl_primitive_desc_t *desc) {
   dnnl_convolution_desc_t op;
   dnnl_status_t status =
       direction == CONV_FORWARD
@@ -48,7 +73,7 @@ dnnl_status_t onednn_describe_conv(const onednn_library *library, conv_direction
           : dnnl_dilated_convolution_backward_weights_desc_init(&op, dnnl_convolution_direct, l->x, l->dw, NULL, l->y,
                                                                 l->stride, l->dilation, l->before, l->after);
   ONEDNN_TRY(status);
-  return dnnl_primitive_desc_create(desc, &op, library->attributes, library->engine, forward);
+  return dnnl_primitive_desc_create(desc, &op, attributes, library->engine, forward);
 }
 
 /* 2.6.3's AMX kernels get some weight gradients of dilated convolutions wrong. */
@@ -86,20 +111,20 @@ void onednn_layout_free(onednn_layout layout) {
 }
 
 dnnl_status_t onednn_describe_conv(const onednn_library *library, conv_direction direction,
-                                   const onednn_conv_layouts *l, const_dnnl_primitive_desc_t forward,
-                                   dnnl_primitive_desc_t *desc) {
+                                   const onednn_conv_layouts *l, const_dnnl_primitive_attr_t attributes,
+                                   const_dnnl_primitive_desc_t forward, dnnl_primitive_desc_t *desc) {
   dnnl_engine_t engine = library->engine;
   if (direction == CONV_FORWARD)
     return dnnl_convolution_forward_primitive_desc_create(desc, engine, dnnl_forward_training, dnnl_convolution_direct,
                                                           l->x, l->w, l->bias, l->y, l->stride, l->dilation, l->before,
-                                                          l->after, library->attributes);
+                                                          l->after, attributes);
   if (direction == CONV_BACKWARD_DATA)
     return dnnl_convolution_backward_data_primitive_desc_create(desc, engine, dnnl_convolution_direct, l->x, l->w, l->y,
                                                                 l->stride, l->dilation, l->before, l->after, forward,
-                                                                library->attributes);
+                                                                attributes);
   return dnnl_convolution_backward_weights_primitive_desc_create(desc, engine, dnnl_convolution_direct, l->x, l->dw,
                                                                  NULL, l->y, l->stride, l->dilation, l->before,
-                                                                 l->after, forward, library->attributes);
+                                                                 l->after, forward, attributes);
 }
 
 /* None is known. (Weight gradients of strided 1x1 kernels, which onednn.h tells of, are not given to any version.) */

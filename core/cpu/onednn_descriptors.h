@@ -41,11 +41,15 @@ typedef struct {
   dnnl_dims_t stride, dilation, before, after;
 } onednn_conv_layouts;
 
+/* Attributes: scratchpads are the caller's; to the result an array like `residual` is added, unless that is NULL, then
+ * comes a ReLU, if asked for. To be destroyed even when the call failed, if they were made. */
+dnnl_status_t onednn_attributes_new(dnnl_primitive_attr_t *attributes, onednn_layout residual, bool relu);
+
 /* Descriptors of primitives, to be destroyed even when the call failed, if they were made. Bias is read by the forward
  * direction; the gradients take the descriptor of that direction, made without bias, as `forward`. */
 dnnl_status_t onednn_describe_conv(const onednn_library *library, conv_direction direction,
-                                   const onednn_conv_layouts *layouts, const_dnnl_primitive_desc_t forward,
-                                   dnnl_primitive_desc_t *desc);
+                                   const onednn_conv_layouts *layouts, const_dnnl_primitive_attr_t attributes,
+                                   const_dnnl_primitive_desc_t forward, dnnl_primitive_desc_t *desc);
 /* Whether the library gets this one wrong when it runs this implementation. */
 bool onednn_conv_is_wrong(conv_direction direction, const onednn_conv_layouts *layouts, const char *implementation);
 /* c (batch, m, n) = a (batch or 1, m, k) . b (batch or 1, k, n) + bias (1, 1, n) or NULL */

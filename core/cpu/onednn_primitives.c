@@ -49,6 +49,7 @@ void onednn_primitive_free(onednn_primitive *p) {
 typedef struct {
   onednn_conv_layouts layouts;
   onednn_layout kernel; /* ours */
+  dnnl_primitive_attr_t attributes;
   int64_t first[2], taps[2];
 } conv_description;
 
@@ -76,7 +77,7 @@ static dnnl_status_t new_map(onednn_layout *layout, int64_t dtype, int64_t batch
   return onednn_layout_new(layout, dtype, 4, shape, (int64_t[]){size[0] * line, 1, line, channels});
 }
 
-static dnnl_status_t describe(const conv_geometry *g, bool has_bias, conv_description *d) {
+static dnnl_status_t describe(const conv_geometry *g, int follows, conv_description *d) {
   onednn_conv_layouts *l = &d->layouts;
   crop_axis(g, 0, d);
   crop_axis(g, 1, d);
@@ -85,8 +86,10 @@ static dnnl_status_t describe(const conv_geometry *g, bool has_bias, conv_descri
   int64_t out = g->groups * g->out;
   ONEDNN_TRY(new_map(&l->x, g->dtype, g->batch, g->groups * g->in, g->size));
   ONEDNN_TRY(new_map(&l->y, g->dtype, g->batch, out, g->result));
-  if (has_bias)
+  if (follows & FOLLOWED_BY_BIAS)
     ONEDNN_TRY(onednn_layout_new(&l->bias, g->dtype, 1, &out, (int64_t[]){1}));
+  ONEDNN_TRY(
+      onednn_attributes_new(&d->attributes, follows & FOLLOWED_BY_RESIDUAL ? l->y : NULL, follows & FOLLOWED_BY_RELU));
   int64_t line = g->kernel[1] * g->in, all = g->kernel[0] * line;
   int64_t shape[] = {g->groups, g->out, g->in, d->taps[0], d->taps[1]}, strides[] = {g->out * all, all, 1, line, g->in};
   int grouped = g->groups > 1;
@@ -102,14 +105,15 @@ static void free_description(conv_description *d) {
   onednn_layout_free(d->layouts.y);
   onednn_layout_free(d->layouts.bias);
   onednn_layout_free(d->kernel);
+  dnnl_primitive_attr_destroy(d->attributes);
 }
 
 /* Both gradients take the forward pass's descriptor as a hint. */
 static dnnl_status_t describe_primitive(onednn_primitive *p, const onednn_library *library, conv_direction direction,
-                                        const onednn_conv_layouts *layouts) {
+                                        const conv_description *d) {
   if (direction != CONV_FORWARD)
-    ONEDNN_TRY(onednn_describe_conv(library, CONV_FORWARD, layouts, NULL, &p->hint));
-  return onednn_describe_conv(library, direction, layouts, p->hint, &p->desc);
+    ONEDNN_TRY(onednn_describe_conv(library, CONV_FORWARD, &d->layouts, d->attributes, NULL, &p->hint));
+  return onednn_describe_conv(library, direction, &d->layouts, d->attributes, p->hint, &p->desc);
 }
 
 /* The copy between our kernel and the primitive's, if they differ. */
@@ -129,12 +133,12 @@ static dnnl_status_t make_packing(onednn_primitive *p, const onednn_library *lib
 }
 
 static dnnl_status_t make_described(onednn_primitive *p, const onednn_library *library, conv_direction direction,
-                                    const conv_geometry *g, const conv_description *d) {
+                                    const conv_geometry *g, int follows, const conv_description *d) {
   static const int x_argument[] = {DNNL_ARG_SRC, DNNL_ARG_DIFF_SRC, DNNL_ARG_SRC};
   static const int w_argument[] = {DNNL_ARG_WEIGHTS, DNNL_ARG_WEIGHTS, DNNL_ARG_DIFF_WEIGHTS};
   static const int y_argument[] = {DNNL_ARG_DST, DNNL_ARG_DIFF_DST, DNNL_ARG_DIFF_DST};
   const onednn_conv_layouts *l = &d->layouts;
-  ONEDNN_TRY(describe_primitive(p, library, direction, l));
+  ONEDNN_TRY(describe_primitive(p, library, direction, d));
   ONEDNN_TRY(make_primitive(p, library, g->dtype == OREPA_FLOAT32));
   if (onednn_conv_is_wrong(direction, l, p->implementation))
     return dnnl_unimplemented;
@@ -147,6 +151,8 @@ static dnnl_status_t make_described(onednn_primitive *p, const onednn_library *l
   ONEDNN_TRY(add_argument(p, library, ARGUMENT_Y, y_argument[direction], l->y));
   if (l->bias)
     ONEDNN_TRY(add_argument(p, library, ARGUMENT_BIAS, DNNL_ARG_BIAS, l->bias));
+  if (follows & FOLLOWED_BY_RESIDUAL)
+    ONEDNN_TRY(add_argument(p, library, ARGUMENT_RESIDUAL, DNNL_ARG_ATTR_MULTIPLE_POST_OP(0) | DNNL_ARG_SRC_1, l->y));
   size_t size = orepa_dtype_size((orepa_dtype)g->kernel_dtype);
   p->kernel_offset = (size_t)((d->first[0] * g->kernel[1] + d->first[1]) * g->in) * size;
   if (p->unpacks && d->taps[0] * d->taps[1] < g->kernel[0] * g->kernel[1])
@@ -155,13 +161,25 @@ static dnnl_status_t make_described(onednn_primitive *p, const onednn_library *l
 }
 
 dnnl_status_t onednn_make_conv(onednn_primitive *p, const onednn_library *library, conv_direction direction,
-                               const conv_geometry *g, bool has_bias) {
+                               const conv_geometry *g, int follows) {
   conv_description d = {0};
-  dnnl_status_t status = describe(g, has_bias, &d);
+  dnnl_status_t status = describe(g, follows, &d);
   if (status == dnnl_success)
-    status = make_described(p, library, direction, g, &d);
+    status = make_described(p, library, direction, g, follows, &d);
   free_description(&d);
   return status;
+}
+
+bool onednn_same_packing(const onednn_primitive *p, const onednn_primitive *q) {
+  if (!p->packing || !q->packing || p->unpacks || q->unpacks || p->kernel_offset != q->kernel_offset)
+    return false;
+  for (int side = 0; side < 2; side++) {
+    dnnl_query_t what = side ? dnnl_query_dst_md : dnnl_query_src_md;
+    if (!dnnl_memory_desc_equal(dnnl_primitive_desc_query_md(p->packing_desc, what, 0),
+                                dnnl_primitive_desc_query_md(q->packing_desc, what, 0)))
+      return false;
+  }
+  return true;
 }
 
 /* ---- matrix products ---- */
@@ -232,14 +250,14 @@ static dnnl_status_t pack(onednn_primitive *p, const onednn_library *library, vo
 }
 
 dnnl_status_t onednn_primitive_run(onednn_primitive *p, const onednn_library *library, void *const given[ARGUMENTS],
-                                   char *scratch) {
+                                   const device_packed *packed, char *scratch) {
   void *pointers[ARGUMENTS];
   dnnl_exec_arg_t arguments[ARGUMENTS];
   int count = 0;
   char *kernel = (char *)given[ARGUMENT_W] + p->kernel_offset;
   char *packing_scratchpad = scratch + rounded(p->packed_bytes);
   memcpy(pointers, given, sizeof pointers);
-  pointers[ARGUMENT_W] = p->packing ? scratch : kernel;
+  pointers[ARGUMENT_W] = !p->packing ? kernel : packed ? packed->memory : scratch;
   pointers[ARGUMENT_SCRATCHPAD] = packing_scratchpad + rounded(p->packing_bytes);
   for (int k = 0; k < ARGUMENTS; k++)
     if (p->arguments[k].memory) {
@@ -248,7 +266,7 @@ dnnl_status_t onednn_primitive_run(onednn_primitive *p, const onednn_library *li
     }
   if (p->packing)
     ONEDNN_TRY(dnnl_memory_set_data_handle(p->kernel, kernel));
-  if (p->packing && !p->unpacks)
+  if (p->packing && !p->unpacks && !(packed && packed->ready))
     ONEDNN_TRY(pack(p, library, packing_scratchpad));
   if (p->kernel_cleared)
     memset(given[ARGUMENT_W], 0, p->kernel_cleared);

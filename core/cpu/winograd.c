@@ -27,17 +27,19 @@ bool winograd_can(const conv_geometry *g) {
 
 enum {
   LEAST_SIZE = 3,      /* of a map: smaller ones are mostly padding */
-  LEAST_TILES = 40,    /* fewer don't repay the transformed kernel */
+  LEAST_TILES = 40,    /* fewer don't repay the transformed kernel, */
+  LEAST_IF_KEPT = 12,  /* or reading it */
   LEAST_CHANNELS = 16, /* a vector of them */
   LEAST_FOR_DATA = 24, /* the direct way is fast with few */
 };
 
 /* Measured against the direct ways over 8 to 256 channels, maps of 2 to 56 pixels and batches of 1 to 128: where this
  * holds it is 1.1 to 3 times as fast. */
-bool winograd_suits(conv_direction direction, const conv_geometry *g) {
+bool winograd_suits(conv_direction direction, const conv_geometry *g, bool kept) {
   const int64_t *made = direction == CONV_BACKWARD_DATA ? g->size : g->result;
   int64_t channels = g->in < g->out ? g->in : g->out, tiles = g->batch * ((made[0] + 3) / 4) * ((made[1] + 3) / 4);
-  return winograd_can(g) && made[0] >= LEAST_SIZE && made[1] >= LEAST_SIZE && tiles >= LEAST_TILES &&
+  return winograd_can(g) && made[0] >= LEAST_SIZE && made[1] >= LEAST_SIZE &&
+         tiles >= (kept ? LEAST_IF_KEPT : LEAST_TILES) &&
          channels >= (direction == CONV_BACKWARD_DATA ? LEAST_FOR_DATA : LEAST_CHANNELS);
 }
 
@@ -47,6 +49,10 @@ bool winograd_fuses_prologue(void) {
 
 static int threads(void) {
   return omp_in_parallel() ? 1 : omp_get_max_threads();
+}
+
+size_t winograd_packed(const conv_geometry *g) {
+  return kernels()->packed(g);
 }
 
 size_t winograd_scratch(conv_direction direction, const conv_geometry *g) {

@@ -13,28 +13,35 @@
 #include "cpu/features.h"
 
 /* What is done on the way: to x while it is read, act(scale*x + shift), per channel, where scale is not NULL (padding
- * is zeros of the result); to y before it is written: + bias[c] + residual, then ReLU; and the moments of what was
- * written (device.h), where moments is not NULL. Backward data takes none, backward weight what concerns x. */
+ * is zeros of the result); to y before it is written what follows it; and the moments of what was written (device.h),
+ * where moments is not NULL. Backward data takes none, backward weight what concerns x. The kernel may be transformed
+ * already, or kept (device.h) in the forward direction. */
 typedef struct {
-  conv_operands conv;
+  const conv_geometry *g;
+  float *x, *w, *y;
   const float *scale, *shift;
-  bool relu_x, relu_y;
-  const float *residual;
+  bool relu_x;
+  conv_epilogue after;
   float *moments;
+  const device_packed *packed;
 } winograd_operands;
 
-/* Whether it computes such a convolution at all, and whether it is the fastest way to. */
+/* Whether it computes such a convolution at all, and whether it is the fastest way to; `kept`: the transformed kernel
+ * is. */
 bool winograd_can(const conv_geometry *g);
-bool winograd_suits(conv_direction direction, const conv_geometry *g);
+bool winograd_suits(conv_direction direction, const conv_geometry *g, bool kept);
 
 /* Whether a scale and shift of x give norm_apply's bits; else they are not to be asked for. */
 bool winograd_fuses_prologue(void);
 
+/* Bytes of the transformed kernel of the forward direction. */
+size_t winograd_packed(const conv_geometry *g);
 size_t winograd_scratch(conv_direction direction, const conv_geometry *g);
 void winograd_conv(conv_direction direction, const winograd_operands *operands, void *scratch);
 
 /* The kernels of one instruction set: kernels/winograd_*.c. Scratch in bytes, for so many threads. */
 typedef struct {
+  size_t (*packed)(const conv_geometry *g);
   size_t (*forward_scratch)(conv_direction direction, const conv_geometry *g, int threads);
   void (*forward)(conv_direction direction, const winograd_operands *operands, int threads, void *scratch);
   size_t (*weight_scratch)(const conv_geometry *g, int threads);

@@ -309,6 +309,10 @@ typedef struct {
 
 /* Cross-correlation: x (N, I, H, W), weight (O, I/groups, KH, KW), bias (O) or NULL: (N, O, P, Q). */
 OREPA_API orepa_tensor *orepa_conv2d(orepa_tensor *x, orepa_tensor *weight, orepa_tensor *bias, const orepa_conv *conv);
+/* The same + residual, which may be NULL, then a ReLU if asked for. Where no gradient is recorded this is one kernel
+ * (its ReLU of NaN may be 0). */
+OREPA_API orepa_tensor *orepa_conv2d_add(orepa_tensor *x, orepa_tensor *weight, orepa_tensor *bias,
+                                         orepa_tensor *residual, bool relu, const orepa_conv *conv);
 /* Whether a device's convolutions go by the fastest way (the default; for float32 the error may be 5e-6 of the largest
  * magnitude) or by the most accurate. */
 OREPA_API void orepa_set_conv_accuracy(const orepa_device *device, bool high);

@@ -1,5 +1,6 @@
 /* conv.c: two-dimensional convolution in its three directions. */
 #include <stdio.h>
+#include <string.h>
 
 #include "ops/norm_promise.h"
 
@@ -161,50 +162,114 @@ static orepa_tensor *new_moments(const orepa_tensor *y) {
   return tensor_new(op_channel_dtype(y), y->storage->device, 3, shape);
 }
 
-static orepa_tensor *conv_forward(orepa_tensor *x, orepa_tensor *w, orepa_tensor *bias, const orepa_conv *conv,
+/* What is computed beside the input; bias and residual may be NULL. */
+typedef struct {
+  orepa_tensor *weight, *bias, *residual;
+  bool relu;
+  bool keeps; /* no gradient will change the kernel: it is worth keeping as the device wants it */
+} conv_rest;
+
+/* An epilogue with its arrays. */
+typedef struct {
+  device_array bias, residual;
+  device_epilogue epilogue;
+} conv_after;
+
+static int after_reads(const conv_rest *rest, conv_after *after) {
+  after->epilogue =
+      (device_epilogue){rest->bias ? &after->bias : NULL, rest->residual ? &after->residual : NULL, rest->relu};
+  return (rest->bias && tensor_reads(rest->bias, &after->bias)) ||
+                 (rest->residual && tensor_reads(rest->residual, &after->residual))
+             ? -1
+             : 0;
+}
+
+/* Whether the kernel is, or will be, kept as the device wants it. */
+static bool packed_kernel(const conv_rest *rest, const orepa_conv *conv, const device_array *y, const device_array *x,
+                          const device_array *w, const device_epilogue *epilogue, device_packed *packed) {
+  const orepa_device *device = rest->weight->storage->device;
+  int64_t mark = 0;
+  if (!rest->keeps || !device->conv_packed)
+    return false;
+  size_t bytes = device->conv_packed(device_context_of(device), conv, y, x, w, epilogue, &mark);
+  if (bytes)
+    tensor_packed(rest->weight, bytes, mark, packed);
+  return bytes;
+}
+
+static orepa_tensor *conv_forward(orepa_tensor *x, const conv_rest *rest, const orepa_conv *conv,
                                   const int64_t *shape) {
-  orepa_tensor *y = tensor_new(x->dtype, x->storage->device, 4, shape);
+  orepa_tensor *y = tensor_new(x->dtype, x->storage->device, 4, shape), *w = rest->weight;
   if (!y)
     return NULL;
-  device_array kernel, added, to, partial;
+  device_array kernel, to, partial;
+  device_packed packed;
   conv_input from;
+  conv_after after;
   const device_conv_fusion fusion = fusion_of(conv, y, x, w);
-  bool measures = orepa_grad_enabled() && orepa_count(y) && fusion.moments;
+  bool measures = orepa_grad_enabled() && orepa_count(y) && fusion.moments, packs = false;
   orepa_tensor *moments = measures ? new_moments(y) : NULL;
   int failed = (measures && (!moments || tensor_writes(moments, &partial))) || tensor_materialize(y) ||
-               input_reads(x, fusion.prologue, &from) || tensor_reads(w, &kernel) ||
-               (bias && tensor_reads(bias, &added)) || tensor_writes(y, &to) || note_geometry(conv, x, w) ||
-               DISPATCH("conv2d", x->dtype, x->storage->device, conv_forward, conv, &to, &from.map, &kernel,
-                        bias ? &added : NULL, from.prologue, measures ? &partial : NULL);
+               input_reads(x, fusion.prologue, &from) || tensor_reads(w, &kernel) || after_reads(rest, &after) ||
+               tensor_writes(y, &to);
+  if (!failed) {
+    packs = packed_kernel(rest, conv, &to, &from.map, &kernel, &after.epilogue, &packed);
+    failed = note_geometry(conv, x, w) ||
+             DISPATCH("conv2d", x->dtype, x->storage->device, conv_forward, conv, &to, &from.map, &kernel,
+                      &after.epilogue, from.prologue, measures ? &partial : NULL, packs ? &packed : NULL);
+  }
+  if (failed && packs && !packed.ready)
+    tensor_drop_packed(w);
   if (!failed && measures)
     tensor_keep_moments(y, moments);
   orepa_release(moments);
   return failed ? tensor_fail(y) : y;
 }
 
+static const char *const argument_names[] = {"input", "kernel", "bias"};
+
+/* Without a graph, all at once; NULL with a message. `given` is x, kernel, bias, residual. */
+static orepa_tensor *conv2d_fused(orepa_tensor *const given[4], bool relu, const orepa_conv *conv,
+                                  const int64_t *shape) {
+  orepa_tensor *dense[4] = {NULL}, *y = NULL;
+  bool failed = false;
+  for (int k = 0; k < 4 && !failed; k++)
+    failed = given[k] && !(dense[k] = op_dense(given[k]));
+  if (!failed)
+    y = conv_forward(dense[0], &(conv_rest){dense[1], dense[2], dense[3], relu, true}, conv, shape);
+  op_release_all(4, dense);
+  return y;
+}
+
 /* The payload says the types of gradients: a cast argument's is not its own. */
-static orepa_tensor *conv2d(orepa_tensor *x, orepa_tensor *weight, orepa_tensor *bias, const conv_payload *payload) {
-  const orepa_conv *conv = &payload->conv;
-  int64_t shape[4];
-  if (op_same_kind("conv2d", 3, (orepa_tensor *[]){x, weight, bias}, (const char *[]){"input", "kernel", "bias"}) ||
-      conv_shape(x, weight, bias, conv, shape))
-    return NULL;
-  orepa_tensor *dense_x = op_dense(x), *dense_w = dense_x ? op_dense(weight) : NULL;
-  orepa_tensor *dense_bias = dense_w && bias ? op_dense(bias) : NULL, *y = NULL;
+static orepa_tensor *conv2d_recorded(orepa_tensor *const given[3], const conv_payload *payload, const int64_t *shape) {
+  orepa_tensor *dense[3] = {NULL}, *y = NULL;
   autograd_node *node = NULL;
-  if (dense_w && (dense_bias || !bias))
-    y = conv_forward(dense_x, dense_w, dense_bias, conv, shape);
-  if (y && autograd_record(&conv_op, y, (orepa_tensor *[]){x, weight, bias}, 3, 2, sizeof *payload, &node))
+  bool failed = false;
+  for (int k = 0; k < 3 && !failed; k++)
+    failed = given[k] && !(dense[k] = op_dense(given[k]));
+  if (!failed)
+    y = conv_forward(dense[0], &(conv_rest){.weight = dense[1], .bias = dense[2]}, &payload->conv, shape);
+  if (y && autograd_record(&conv_op, y, given, 3, 2, sizeof *payload, &node))
     y = tensor_fail(y);
   if (node) {
     *(conv_payload *)node->payload = *payload;
-    autograd_save(node, 0, dense_x);
-    autograd_save(node, 1, dense_w);
+    autograd_save(node, 0, dense[0]);
+    autograd_save(node, 1, dense[1]);
   }
-  orepa_release(dense_x);
-  orepa_release(dense_w);
-  orepa_release(dense_bias);
+  op_release_all(3, dense);
   return y;
+}
+
+/* y, which is given up, + residual, then the ReLU. */
+static orepa_tensor *followed(orepa_tensor *y, orepa_tensor *residual, bool relu) {
+  orepa_tensor *sum = y && residual ? orepa_add(y, residual) : y;
+  if (y != sum)
+    orepa_release(y);
+  orepa_tensor *z = sum && relu ? orepa_relu(sum) : sum;
+  if (sum != z)
+    orepa_release(sum);
+  return z;
 }
 
 /* A cast parameter's gradient is float32 from the start, where the parameter is. */
@@ -212,12 +277,34 @@ static orepa_dtype gradient_type(const orepa_tensor *given, const orepa_tensor *
   return given && given->dtype != OREPA_FLOAT32 ? cast->dtype : OREPA_FLOAT32;
 }
 
-orepa_tensor *orepa_conv2d(orepa_tensor *x, orepa_tensor *weight, orepa_tensor *bias, const orepa_conv *conv) {
-  orepa_tensor *given[3] = {x, weight, bias}, *cast[3];
+/* Whether a residual can be added by the kernel: it is one more map of the result's kind. */
+static bool is_like_result(const orepa_tensor *r, const orepa_tensor *x, const int64_t *shape) {
+  return r->dtype == x->dtype && r->storage->device == x->storage->device && r->rank == 4 &&
+         !memcmp(r->shape, shape, 4 * sizeof *shape);
+}
+
+orepa_tensor *orepa_conv2d_add(orepa_tensor *x, orepa_tensor *weight, orepa_tensor *bias, orepa_tensor *residual,
+                               bool relu, const orepa_conv *conv) {
+  orepa_tensor *given[3] = {x, weight, bias}, *cast[3], *y = NULL;
+  int64_t shape[4];
   if (op_autocast(3, given, cast))
     return NULL;
-  conv_payload payload = {*conv, gradient_type(weight, cast[1]), gradient_type(bias, cast[2])};
-  orepa_tensor *y = conv2d(cast[0], cast[1], cast[2], &payload);
+  bool fuses = !autograd_wanted((orepa_tensor *[]){x, weight, bias, residual}, 4);
+  if (op_same_kind("conv2d", 3, cast, argument_names) || conv_shape(cast[0], cast[1], cast[2], conv, shape)) {
+    residual = NULL;
+    relu = false;
+  } else if (fuses && (!residual || is_like_result(residual, cast[0], shape))) {
+    y = conv2d_fused((orepa_tensor *[]){cast[0], cast[1], cast[2], residual}, relu, conv, shape);
+    residual = NULL;
+    relu = false;
+  } else {
+    conv_payload payload = {*conv, gradient_type(weight, cast[1]), gradient_type(bias, cast[2])};
+    y = conv2d_recorded(cast, &payload, shape);
+  }
   op_release_all(3, cast);
-  return y;
+  return followed(y, residual, relu);
+}
+
+orepa_tensor *orepa_conv2d(orepa_tensor *x, orepa_tensor *weight, orepa_tensor *bias, const orepa_conv *conv) {
+  return orepa_conv2d_add(x, weight, bias, NULL, false, conv);
 }

@@ -53,11 +53,20 @@ static double output_value(const orepa_conv *conv, const device_array *x, const 
   return sum;
 }
 
+static double followed(const device_epilogue *e, double sum, int64_t n, int64_t o, int64_t p, int64_t q) {
+  if (e && e->bias)
+    sum += ref_get(e->bias, o * e->bias->strides[0]);
+  if (e && e->residual)
+    sum += ref_get(e->residual, ref_at4(e->residual, n, o, p, q));
+  return ref_activated(sum, e && e->relu);
+}
+
 device_status ref_conv_forward(device_context *context, const orepa_conv *conv, const device_array *y,
-                               const device_array *x, const device_array *w, const device_array *bias,
-                               const device_prologue *prologue, const device_array *moments) {
+                               const device_array *x, const device_array *w, const device_epilogue *epilogue,
+                               const device_prologue *prologue, const device_array *moments,
+                               const device_packed *packed) {
   REF_ENTRY;
-  (void)context;
+  (void)context, (void)packed;
   if (!orepa_dtype_is_float(y->dtype))
     return DEVICE_UNSUPPORTED;
   for (int64_t n = 0; n < y->shape[0]; n++)
@@ -65,7 +74,7 @@ device_status ref_conv_forward(device_context *context, const orepa_conv *conv, 
       for (int64_t p = 0; p < y->shape[2]; p++)
         for (int64_t q = 0; q < y->shape[3]; q++) {
           double sum = output_value(conv, x, w, prologue, n, o, p, q);
-          ref_set(y, ref_at4(y, n, o, p, q), bias ? sum + ref_get(bias, o * bias->strides[0]) : sum);
+          ref_set(y, ref_at4(y, n, o, p, q), followed(epilogue, sum, n, o, p, q));
         }
   if (moments)
     ref_moments_of(moments, y);

@@ -189,6 +189,7 @@ static void storage_release(tensor_storage *storage) {
     promise_free(storage->promise);
   orepa_release(storage->moments);
   orepa_release(storage->cast);
+  orepa_release(storage->packed);
   allocator_put(storage->device, storage->memory, storage->bytes);
   free(storage);
 }
@@ -247,6 +248,7 @@ int tensor_writes(orepa_tensor *t, device_array *array) {
   if (storage_fill(storage) || promise_fill_readers(storage))
     return -1;
   storage->version++;
+  tensor_drop_packed(t);
   array_of(t, array);
   return 0;
 }
@@ -286,6 +288,35 @@ orepa_tensor *tensor_kept_cast(orepa_tensor *t, orepa_dtype dtype) {
   }
   bool holds = storage->cast && storage->cast->dtype == dtype && shape_equal(storage->cast, t) && tensor_is_whole(t);
   return holds ? storage->cast : NULL;
+}
+
+/* ---- a kernel as the device wants it ---- */
+
+void tensor_drop_packed(orepa_tensor *t) {
+  orepa_release(t->storage->packed);
+  t->storage->packed = NULL;
+}
+
+void tensor_packed(orepa_tensor *t, size_t bytes, int64_t mark, device_packed *packed) {
+  tensor_storage *storage = t->storage;
+  device_array memory;
+  *packed = (device_packed){NULL, false};
+  if (!tensor_is_whole(t))
+    return;
+  bool asked_before = storage->packed_version == storage->version;
+  storage->packed_version = storage->version;
+  packed->ready = storage->packed && storage->packed_mark == mark &&
+                  !memcmp(storage->packed_shape, t->shape, sizeof storage->packed_shape);
+  if (!packed->ready) {
+    tensor_drop_packed(t);
+    if (asked_before)
+      storage->packed = tensor_new(OREPA_FLOAT32, storage->device, 1, &(int64_t){(int64_t)((bytes + 3) / 4)});
+    storage->packed_mark = mark;
+    memcpy(storage->packed_shape, t->shape, sizeof storage->packed_shape);
+  }
+  packed->memory = storage->packed && !tensor_reads(storage->packed, &memory) ? memory.data : NULL;
+  if (!packed->memory)
+    tensor_drop_packed(t);
 }
 
 /* ---- public: making and asking ---- */

@@ -29,6 +29,9 @@ typedef struct {
   uint64_t moments_version;
   orepa_tensor *cast; /* the same numbers in another type; NULL: none */
   uint64_t cast_version;
+  orepa_tensor *packed; /* a kernel as the device wants it; NULL: none */
+  int64_t packed_mark, packed_shape[4]; /* of what was packed */
+  uint64_t packed_version; /* when it was packed, or asked for the first time */
   bool viewed_in_graph; /* a view of it was made while a graph was recorded: in-place ops with gradients are refused */
 } tensor_storage;
 
@@ -63,6 +66,12 @@ orepa_tensor *tensor_moments(const orepa_tensor *t);
 void tensor_keep_cast(orepa_tensor *t, orepa_tensor *cast);
 /* Borrowed; NULL if there is none of t as it is now. */
 orepa_tensor *tensor_kept_cast(orepa_tensor *t, orepa_dtype dtype);
+
+/* ---- a whole kernel as a device wants it (device.h), kept from the second time that it is asked for unchanged, until
+ * it is written. Its memory is NULL as long as it is not kept. */
+void tensor_packed(orepa_tensor *t, size_t bytes, int64_t mark, device_packed *packed);
+/* What is kept was not made ready. */
+void tensor_drop_packed(orepa_tensor *t);
 
 /* ---- making */
 /* Checks rank, sizes and that the bytes can be counted. No memory is allocated before the first door. */

@@ -18,9 +18,7 @@ static orepa_tensor *tensor_before(lua_State *L, int index, int options) {
   return index < options ? bind_tensor_or_nil(L, index) : NULL;
 }
 
-orepa_conv bind_conv_options(lua_State *L, int index, const char *function) {
-  static const char *const known[] = {"stride", "padding", "dilation", "groups", NULL};
-  int options = bind_options(L, index, function, known);
+static orepa_conv conv_options(lua_State *L, int options) {
   orepa_conv conv;
   bind_option_pair(L, options, "stride", one, conv.stride);
   bind_option_pair(L, options, "padding", zero, conv.padding);
@@ -29,12 +27,23 @@ orepa_conv bind_conv_options(lua_State *L, int index, const char *function) {
   return conv;
 }
 
+orepa_conv bind_conv_options(lua_State *L, int index, const char *function) {
+  static const char *const known[] = {"stride", "padding", "dilation", "groups", NULL};
+  return conv_options(L, bind_options(L, index, function, known));
+}
+
 static int l_conv2d(lua_State *L) {
-  orepa_tensor *x = bind_tensor(L, 1), *w = bind_tensor(L, 2);
-  int at = options_after(L, 2, 3);
-  orepa_conv conv = bind_conv_options(L, at, "conv2d");
+  static const char *const known[] = {"stride", "padding", "dilation", "groups", "add", "act", NULL};
+  orepa_tensor *x = bind_tensor(L, 1), *w = bind_tensor(L, 2), *added = NULL;
+  int at = options_after(L, 2, 3), options = bind_options(L, at, "conv2d", known);
+  orepa_conv conv = conv_options(L, options);
   orepa_tensor *bias = tensor_before(L, 3, at);
-  BIND_RETURN(L, orepa_conv2d(x, w, bias, &conv));
+  if (bind_option(L, options, "add") && !(added = bind_test_tensor(L, -1)))
+    return bind_error(L, "conv2d: option 'add': a tensor expected, got %s", luaL_typename(L, -1));
+  const char *act = bind_option(L, options, "act") ? lua_tostring(L, -1) : "none";
+  if (!act || (strcmp(act, "relu") && strcmp(act, "none")))
+    return bind_error(L, "conv2d: option 'act' is \"relu\" or \"none\"");
+  BIND_RETURN(L, orepa_conv2d_add(x, w, bias, added, !strcmp(act, "relu"), &conv));
 }
 
 static int l_linear(lua_State *L) {
@@ -138,10 +147,12 @@ static int l_cross_entropy(lua_State *L) {
 
 static const bind_row rows[] = {
     {"conv2d", l_conv2d,
-     "F.conv2d(x, weight, bias, {stride=, padding=, dilation=, groups=}) -> tensor\n"
+     "F.conv2d(x, weight, bias, {stride=, padding=, dilation=, groups=, add=, act=}) -> tensor\n"
      "Cross-correlation of x (N, I, H, W) with weight (O, I/groups, KH, KW); bias (O) may be left out. Sizes are a "
-     "number or "
-     "{height, width}; stride 1, padding 0, dilation 1, groups 1.\n"
+     "number or {height, width}; stride 1, padding 0, dilation 1, groups 1. To the result `add` is added, a tensor "
+     "like "
+     "it; then, with act = \"relu\", comes a ReLU. Without gradients all that is one kernel, whose ReLU of NaN may be "
+     "0.\n"
      "> F.conv2d(orepa.ones(1, 3, 8, 8), orepa.ones(4, 3, 3, 3), {padding = 1})"},
     {"linear", l_linear,
      "F.linear(x, weight, bias) -> tensor\nx (..., I) times weight (O, I) transposed, plus bias (O), which may be left "

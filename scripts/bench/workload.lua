@@ -58,10 +58,12 @@ local function watched(name, seen, f)
   if not ok then error(message, 0) end
 end
 
-local function conv_layer(y, x, w, bias, geometry)
-  if type(bias) == "table" then bias, geometry = nil, bias end
+local function conv_layer(y, x, w, bias, options)
+  if type(bias) == "table" then bias, options = nil, bias end
+  local geometry = {}
+  for _, name in ipairs { "stride", "padding", "dilation", "groups" } do geometry[name] = (options or {})[name] end
   return { kind = "conv", macs = product(y.shape) * product(w.shape) // w.shape[1], input = x.shape, kernel = w.shape,
-    output = y.shape, geometry = geometry or {}, bias = bias ~= nil }
+    output = y.shape, geometry = geometry, bias = bias ~= nil }
 end
 
 -- Convolutions and linear layers of a network, in the order in which a pass meets them, for `batch_size` images: kind,

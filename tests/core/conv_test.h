@@ -95,9 +95,9 @@ static inline operands copy_operands(const operands *o) {
 static inline device_status run(device_context *context, const geometry *g, operands *o, bool prologue, bool moments) {
   const orepa_device *device = context->device;
   device_prologue before = {o->scale.a, o->shift.a, true};
-  device_status status =
-      device->conv_forward(context, &g->conv, &o->y.a, &o->x.a, &o->w.a, g->has_bias ? &o->bias.a : NULL,
-                           prologue ? &before : NULL, moments ? &o->moments.a : NULL);
+  device_status status = device->conv_forward(context, &g->conv, &o->y.a, &o->x.a, &o->w.a,
+                                              g->has_bias ? &(device_epilogue){.bias = &o->bias.a} : NULL,
+                                              prologue ? &before : NULL, moments ? &o->moments.a : NULL, NULL);
   if (status == DEVICE_DONE)
     status = device->conv_backward_data(context, &g->conv, &o->dx.a, &o->dy.a, &o->w.a);
   if (status == DEVICE_DONE)

@@ -138,7 +138,7 @@ static void implementations(void **unused) {
                          {x[2], x[3]},  {w[2], w[3]},  {y[2], y[3]}, {0}, {0},  {1, 1}};
       memcpy(c.stride, g->conv.stride, sizeof c.stride);
       memcpy(c.padding, g->conv.padding, sizeof c.padding);
-      const char *name = onednn_conv_implementation((conv_direction)direction, &c, false);
+      const char *name = onednn_conv_implementation((conv_direction)direction, &c, 0);
       assert_null(strstr(name, "ref"));
       if (conv_is_point(&c) && c.stride[0] > 1)
         assert_string_equal(name, "");
@@ -212,20 +212,111 @@ static void many_geometries(void **unused) {
       if (k % 9 == 0)
         check(&g, OREPA_FLOAT32, (uint64_t)k);
       else {
-        size_t bytes;
+        onednn_needs needs;
         conv_geometry c = {OREPA_FLOAT32, OREPA_FLOAT32,       1,      1,      8,     8, {g.height, g.width},
                            {3, 3},        {g.height, g.width}, {1, 1}, {1, 1}, {1, 1}};
-        assert_int_not_equal(onednn_conv_scratch(CONV_FORWARD, &c, false, &bytes), DEVICE_FAILED);
+        assert_int_not_equal(onednn_conv_prepare(CONV_FORWARD, &c, 0, &needs), DEVICE_FAILED);
       }
     }
 }
 
+/* ---- what follows, and kernels that are kept ---- */
+
+static device_status forward(device_context *context, const geometry *g, operands *o, const device_epilogue *epilogue,
+                             const device_packed *packed) {
+  return context->device->conv_forward(context, &g->conv, &o->y.a, &o->x.a, &o->w.a, epilogue, NULL, NULL, packed);
+}
+
+/* A convolution with what follows it, as a stranger, then for a kernel that will be kept, is put away, and is read. */
+static void check_followed(const geometry *g, orepa_dtype dtype, uint64_t seed, int follows) {
+  device_context cpu = test_context(cpu_device()), ref = test_context(ref_device());
+  operands found = make_operands(g, dtype, seed), wanted = copy_operands(&found), first;
+  device_epilogue after = {follows & FOLLOWED_BY_BIAS ? &found.bias.a : NULL,
+                           follows & FOLLOWED_BY_RESIDUAL ? &found.dy.a : NULL, follows & FOLLOWED_BY_RELU};
+  assert_int_equal(forward(&ref, g, &wanted, &after, NULL), DEVICE_DONE);
+  assert_int_equal(forward(&cpu, g, &found, &after, NULL), DEVICE_DONE);
+  expect(g, "followed", &found.y, &wanted.y);
+  int64_t mark = -1;
+  size_t bytes = cpu.device->conv_packed(&cpu, &g->conv, &found.y.a, &found.x.a, &found.w.a, &after, &mark);
+  char *memory = aligned_alloc(64, bytes / 64 * 64 + 128);
+  memset(memory + bytes, 77, 64);
+  for (int k = 0; k < 3 && bytes; k++) {
+    test_fill_normal(&found.y, seed + 20, 0, 1);
+    assert_int_equal(forward(&cpu, g, &found, &after, &(device_packed){k ? memory : NULL, k == 2}), DEVICE_DONE);
+    expect(g, "followed, of a kept kernel", &found.y, &wanted.y);
+    if (k == 0)
+      first = copy_operands(&found);
+    assert_true(test_same(&found.y.a, &first.y.a));
+    if (k == 1) /* only what was put away is read */
+      test_fill_normal(&found.w, seed + 21, 5, 1);
+  }
+  for (int k = 0; k < 64; k++)
+    assert_int_equal(memory[bytes + (size_t)k], 77);
+  free(memory);
+  if (bytes)
+    release_operands(&first);
+  release_operands(&found);
+  release_operands(&wanted);
+  test_context_free(&cpu);
+  test_context_free(&ref);
+}
+
+static void followed_convolutions(void **unused) {
+  (void)unused;
+  uint64_t state = 5;
+  for (int k = 0; k < 150; k++) {
+    geometry g = random_geometry(&state);
+    check_followed(&g, k % 3 ? OREPA_FLOAT32 : OREPA_BFLOAT16, (uint64_t)k, k % 8);
+  }
+  for (size_t k = 0; k < sizeof network / sizeof *network; k++)
+    for (int follows = 0; follows < 8; follows++)
+      check_followed(&network[k], follows % 3 == 1 ? OREPA_BFLOAT16 : OREPA_FLOAT32, k, follows);
+}
+
+/* The same bytes of the same kernel have the same mark, whatever the map; other bytes another. */
+static void marks_of_kept_kernels(void **unused) {
+  (void)unused;
+  enum { GEOMETRIES = 6, MOST = 1 << 20 };
+  static char kernels[GEOMETRIES][MOST];
+  int64_t marks[GEOMETRIES];
+  size_t bytes[GEOMETRIES];
+  device_context cpu = test_context(cpu_device());
+  for (int k = 0; k < GEOMETRIES; k++) {
+    geometry g = {k % 2 ? 1 : 9, 32, 8, 7 + k, 32, {3, 3}, {{1 + k / 4, 1 + k / 4}, {1, 1}, {1, 1}, 1}, false};
+    operands o = make_operands(&g, OREPA_FLOAT32, 3);
+    memset(kernels[k], 0, MOST);
+    bytes[k] = cpu.device->conv_packed(&cpu, &g.conv, &o.y.a, &o.x.a, &o.w.a, NULL, &marks[k]);
+    assert_true(bytes[k] <= MOST);
+    if (bytes[k])
+      assert_int_equal(forward(&cpu, &g, &o, NULL, &(device_packed){kernels[k], false}), DEVICE_DONE);
+    release_operands(&o);
+  }
+  for (int j = 0; j < GEOMETRIES; j++)
+    for (int k = 0; k < j; k++)
+      if (bytes[j] && bytes[k] && marks[j] == marks[k]) {
+        assert_int_equal(bytes[j], bytes[k]);
+        assert_memory_equal(kernels[j], kernels[k], bytes[j]);
+      }
+  if (bytes[0] && bytes[2])
+    assert_int_equal(marks[0], marks[2]);
+  test_context_free(&cpu);
+}
+
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(random_geometries),    cmocka_unit_test(network_shapes),  cmocka_unit_test(large_kernels),
-      cmocka_unit_test(few_channels),         cmocka_unit_test(strided_points),  cmocka_unit_test(empty_arrays),
-      cmocka_unit_test(prologue_and_moments), cmocka_unit_test(other_types),     cmocka_unit_test(repeats),
-      cmocka_unit_test(implementations),      cmocka_unit_test(many_geometries),
+      cmocka_unit_test(random_geometries),
+      cmocka_unit_test(network_shapes),
+      cmocka_unit_test(large_kernels),
+      cmocka_unit_test(few_channels),
+      cmocka_unit_test(strided_points),
+      cmocka_unit_test(empty_arrays),
+      cmocka_unit_test(prologue_and_moments),
+      cmocka_unit_test(other_types),
+      cmocka_unit_test(repeats),
+      cmocka_unit_test(implementations),
+      cmocka_unit_test(many_geometries),
+      cmocka_unit_test(followed_convolutions),
+      cmocka_unit_test(marks_of_kept_kernels),
   };
   return cmocka_run_group_tests_name("cpu convolution", tests, NULL, NULL);
 }

@@ -74,21 +74,21 @@ static void problem_free(problem *p) {
 
 /* Scratch is as large as was asked for, so that the address sanitizer sees its end. */
 static void run_forward(const winograd_kernels *k, conv_direction direction, const winograd_operands *o, int threads) {
-  void *scratch = aligned_alloc(64, (k->forward_scratch(direction, o->conv.g, threads) + 63) / 64 * 64);
+  void *scratch = aligned_alloc(64, (k->forward_scratch(direction, o->g, threads) + 63) / 64 * 64);
   assert_non_null(scratch);
   k->forward(direction, o, threads, scratch);
   free(scratch);
 }
 
 static void run_weight(const winograd_kernels *k, const winograd_operands *o, int threads) {
-  void *scratch = aligned_alloc(64, (k->weight_scratch(o->conv.g, threads) + 63) / 64 * 64);
+  void *scratch = aligned_alloc(64, (k->weight_scratch(o->g, threads) + 63) / 64 * 64);
   assert_non_null(scratch);
   k->weight(o, threads, scratch);
   free(scratch);
 }
 
 static winograd_operands operands_of(problem *p) {
-  return (winograd_operands){.conv = {&p->g, p->x, p->w, p->y, NULL}};
+  return (winograd_operands){.g = &p->g, .x = p->x, .w = p->w, .y = p->y};
 }
 
 /* ---- the same in double ---- */
@@ -147,12 +147,12 @@ static void check(const winograd_kernels *k, const conv_geometry *g, uint64_t se
   double *wanted = malloc((size_t)(most > p.count_w ? most : p.count_w) * sizeof *wanted);
   assert_non_null(wanted);
   winograd_operands o = operands_of(&p);
-  o.conv.x = p.dx;
+  o.x = p.dx;
   sums(&p, CONV_BACKWARD_DATA, p.x, p.w, p.y, wanted);
   run_forward(k, CONV_BACKWARD_DATA, &o, threads);
   expect(g, "data gradient", error_of(p.count_x, p.dx, wanted), bound);
   o = operands_of(&p);
-  o.conv.w = p.dw;
+  o.w = p.dw;
   sums(&p, CONV_BACKWARD_WEIGHT, p.x, p.w, p.y, wanted);
   run_weight(k, &o, threads);
   expect(g, "weight gradient", error_of(p.count_w, p.dw, wanted), bound);
@@ -223,8 +223,8 @@ static void prologue_is_a_norm_before(void **unused) {
     run_forward(k, CONV_FORWARD, &o, 2);
     run_forward(k, CONV_FORWARD, &plain, 2);
     assert_memory_equal(p.y, again.y, (size_t)p.count_y * sizeof(float));
-    o.conv.y = plain.conv.y = p.residual;
-    o.conv.w = p.dw, plain.conv.w = again.dw;
+    o.y = plain.y = p.residual;
+    o.w = p.dw, plain.w = again.dw;
     run_weight(k, &o, 2);
     run_weight(k, &plain, 2);
     assert_memory_equal(p.dw, again.dw, (size_t)p.count_w * sizeof(float));
@@ -243,15 +243,15 @@ static void epilogue_comes_after(void **unused) {
     assert_non_null(plain);
     run_forward(k, CONV_FORWARD, &o, 1);
     memcpy(plain, p.y, (size_t)p.count_y * sizeof *plain);
-    o.conv.bias = n % 3 ? p.bias : NULL;
-    o.residual = n % 5 ? p.residual : NULL;
-    o.relu_y = n % 2;
+    o.after.bias = n % 3 ? p.bias : NULL;
+    o.after.residual = n % 5 ? p.residual : NULL;
+    o.after.relu = n % 2;
     run_forward(k, CONV_FORWARD, &o, 1);
     for (int64_t i = 0; i < p.count_y; i++) {
       float wanted = plain[i];
-      wanted += o.conv.bias ? p.bias[i % p.out] : 0;
-      wanted += o.residual ? p.residual[i] : 0;
-      assert_true(p.y[i] == (o.relu_y && wanted < 0 ? 0 : wanted));
+      wanted += o.after.bias ? p.bias[i % p.out] : 0;
+      wanted += o.after.residual ? p.residual[i] : 0;
+      assert_true(p.y[i] == (o.after.relu && wanted < 0 ? 0 : wanted));
     }
     free(plain);
     problem_free(&p);
@@ -292,7 +292,7 @@ static void moments_of_the_output(void **unused) {
     winograd_operands o = operands_of(&p);
     for (int64_t c = 0; c < p.out; c++)
       p.bias[c] *= n % 2 ? 1e4f : 1; /* large means cost no accuracy */
-    o.conv.bias = p.bias;
+    o.after.bias = p.bias;
     o.moments = moments;
     run_forward(k, CONV_FORWARD, &o, 1 + n % 3);
     for (int64_t c = 0; c < p.out; c++)
@@ -314,16 +314,16 @@ static void threads_change_nothing(void **unused) {
     winograd_operands single = operands_of(&one), o = operands_of(&p);
     single.moments = ones;
     run_forward(k, CONV_FORWARD, &single, 1);
-    single.conv.x = one.dx;
+    single.x = one.dx;
     single.moments = NULL;
     run_forward(k, CONV_BACKWARD_DATA, &single, 1);
     for (int threads = 2; threads <= 7; threads++) {
-      o.conv.x = p.x;
+      o.x = p.x;
       o.moments = moments;
       run_forward(k, CONV_FORWARD, &o, threads);
       assert_memory_equal(p.y, one.y, (size_t)p.count_y * sizeof(float));
       assert_memory_equal(moments, ones, (size_t)size * sizeof(float));
-      o.conv.x = p.dx;
+      o.x = p.dx;
       o.moments = NULL;
       run_forward(k, CONV_BACKWARD_DATA, &o, threads);
       assert_memory_equal(p.dx, one.dx, (size_t)p.count_x * sizeof(float));

@@ -150,6 +150,31 @@ static void convolutions_have_their_gradients(void **state) {
   check_cases_in_layouts(COUNT_OF(cases), cases);
 }
 
+static orepa_tensor *conv2d_add(orepa_tensor *const *inputs, const void *options) {
+  return orepa_conv2d_add(inputs[0], inputs[1], NULL, inputs[2], false, options);
+}
+
+static orepa_tensor *conv2d_add_relu(orepa_tensor *const *inputs, const void *options) {
+  return orepa_conv2d_add(inputs[0], inputs[1], inputs[2], inputs[3], true, options);
+}
+
+static orepa_tensor *conv2d_relu(orepa_tensor *const *inputs, const void *options) {
+  return orepa_conv2d_add(inputs[0], inputs[1], NULL, NULL, true, options);
+}
+
+static void what_follows_has_its_gradients(void **state) {
+  (void)state;
+  const orepa_conv *same = CONV({1, 1}, {1, 1}, {1, 1}, 1);
+  const gradient_case cases[] = {
+      {CASE("conv2d", conv2d_add, same, {SIZES(2, 2, 3, 4)}, {SIZES(3, 2, 3, 3)}, {SIZES(2, 3, 3, 4)})},
+      {CASE("conv2d", conv2d_add, same, {SIZES(2, 2, 3, 4)}, {SIZES(3, 2, 3, 3)}, {SIZES(3, 1, 1)})}, /* broadcast */
+      {CASE("conv2d", conv2d_add_relu, same, {SIZES(1, 2, 3, 4)}, {SIZES(2, 2, 3, 3)}, {SIZES(2)},
+            {SIZES(1, 2, 3, 4)})},
+      {CASE("conv2d", conv2d_relu, same, {SIZES(2, 2, 3, 2)}, {SIZES(3, 2, 3, 3)})},
+  };
+  check_cases(COUNT_OF(cases), cases);
+}
+
 static int64_t between(uint64_t *seed, int64_t low, int64_t high) {
   *seed = *seed * 6364136223846793005u + 1442695040888963407u;
   return low + (int64_t)((*seed >> 33) % (uint64_t)(high - low + 1));
@@ -317,6 +342,7 @@ int main(void) {
       cmocka_unit_test(linear_has_its_gradients),
       cmocka_unit_test(products_can_be_changed_in_place),
       cmocka_unit_test(convolutions_have_their_gradients),
+      cmocka_unit_test(what_follows_has_its_gradients),
       cmocka_unit_test(convolutions_of_random_geometry_have_their_gradients),
       cmocka_unit_test(a_network_has_its_gradients),
       cmocka_unit_test(wrong_products_are_named),

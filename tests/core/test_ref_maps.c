@@ -49,17 +49,17 @@ static void conv_by_hand(void **state) {
                y = dense(OREPA_FLOAT32, SHAPE(1, 1, 1, 4)), bias = vector(OREPA_FLOAT32, VALUES(0.5));
   put_all(&x, VALUES(1, 2, 3, 4, 5, 6, 0, 1, 0, 0, 0, 2));
   put_all(&w, VALUES(1, 10, 100, 1000, -1, 0, 0, 2));
-  ASSERT_DONE(ref->conv_forward(&context, &conv, &y, &x, &w, &bias, NULL, NULL));
+  ASSERT_DONE(ref->conv_forward(&context, &conv, &y, &x, &w, &(device_epilogue){.bias = &bias}, NULL, NULL, NULL));
   check_values(&y, 0, VALUES(4010.5, 5421.5, 6535.5, 603.5));
   device_array half_x = dense(OREPA_BFLOAT16, SHAPE(1, 3, 1, 1)), half_w = like(&half_x),
                half_y = dense(OREPA_BFLOAT16, SHAPE(1, 1, 1, 1));
   put_all(&half_x, VALUES(256, 1, 1));
   put_all(&half_w, VALUES(1, 1, 2));
   conv.padding[1] = 0;
-  ASSERT_DONE(ref->conv_forward(&context, &conv, &half_y, &half_x, &half_w, NULL, NULL, NULL));
+  ASSERT_DONE(ref->conv_forward(&context, &conv, &half_y, &half_x, &half_w, NULL, NULL, NULL, NULL));
   check_values(&half_y, 0, VALUES(260)); /* 259, rounded once */
   device_array integers = dense(OREPA_INT32, SHAPE(1, 1, 1, 1));
-  assert_int_equal(ref->conv_forward(&context, &conv, &integers, &integers, &integers, NULL, NULL, NULL),
+  assert_int_equal(ref->conv_forward(&context, &conv, &integers, &integers, &integers, NULL, NULL, NULL, NULL),
                    DEVICE_UNSUPPORTED);
 }
 
@@ -90,7 +90,8 @@ static void conv_forward_equals_scattering(void **state) {
     conv_arrays a = conv_new(&conv_cases[k], OREPA_FLOAT64);
     device_array other = like(&a.y);
     conv_scattered(&conv_cases[k], &a, &other);
-    ASSERT_DONE(ref->conv_forward(&context, &conv_cases[k].conv, &a.y, &a.x, &a.w, &a.bias, NULL, NULL));
+    ASSERT_DONE(ref->conv_forward(&context, &conv_cases[k].conv, &a.y, &a.x, &a.w, &(device_epilogue){.bias = &a.bias},
+                                  NULL, NULL, NULL));
     check_same(&a.y, &other, 0);
   }
 }
@@ -103,13 +104,14 @@ static void conv_directions_are_adjoint(void **state) {
     conv_arrays a = conv_new(&conv_cases[k], OREPA_FLOAT64);
     device_array dy = like(&a.y), dx = like(&a.x), dw = like(&a.w), dbias = like(&a.bias);
     put_integers(&dy);
-    ASSERT_DONE(ref->conv_forward(&context, conv, &a.y, &a.x, &a.w, NULL, NULL, NULL));
+    ASSERT_DONE(ref->conv_forward(&context, conv, &a.y, &a.x, &a.w, NULL, NULL, NULL, NULL));
     ASSERT_DONE(ref->conv_backward_data(&context, conv, &dx, &dy, &a.w));
     ASSERT_DONE(ref->conv_backward_weight(&context, conv, &dw, &dbias, &a.x, &dy, NULL));
     double product = inner_product(&a.y, &dy);
     ASSERT_NEAR(inner_product(&a.x, &dx), product, 0);
     ASSERT_NEAR(inner_product(&a.w, &dw), product, 0);
-    ASSERT_DONE(ref->conv_forward(&context, conv, &a.y, &a.x, &a.w, &a.bias, NULL, NULL));
+    ASSERT_DONE(
+        ref->conv_forward(&context, conv, &a.y, &a.x, &a.w, &(device_epilogue){.bias = &a.bias}, NULL, NULL, NULL));
     ASSERT_NEAR(inner_product(&a.w, &dw) + inner_product(&a.bias, &dbias), inner_product(&a.y, &dy), 0);
   }
 }
@@ -131,8 +133,10 @@ static void conv_prologue_and_moments_are_separate_kernels(void **state) {
       put_fractions(&prologue.shift);
       ASSERT_DONE(
           ref->norm_apply(&context, &z, &a.x, &prologue.scale, &prologue.shift, NULL, NULL, NULL, prologue.relu));
-      ASSERT_DONE(ref->conv_forward(&context, conv, &y, &z, &a.w, &a.bias, NULL, NULL));
-      ASSERT_DONE(ref->conv_forward(&context, conv, &a.y, &a.x, &a.w, &a.bias, &prologue, &moments));
+      ASSERT_DONE(
+          ref->conv_forward(&context, conv, &y, &z, &a.w, &(device_epilogue){.bias = &a.bias}, NULL, NULL, NULL));
+      ASSERT_DONE(ref->conv_forward(&context, conv, &a.y, &a.x, &a.w, &(device_epilogue){.bias = &a.bias}, &prologue,
+                                    &moments, NULL));
       check_same(&a.y, &y, 0);
       ASSERT_DONE(ref->norm_moments(&context, &same, &y));
       check_same(&moments, &same, 0);

@@ -16,5 +16,6 @@ enum { ROUNDS_ONCE = true };
 enum { ROUNDS_ONCE = false };
 #endif
 
-const winograd_kernels KERNEL(winograd) = {KERNEL(winograd_forward_scratch), KERNEL(winograd_forward),
-                                           KERNEL(winograd_weight_scratch), KERNEL(winograd_weight), ROUNDS_ONCE};
+const winograd_kernels KERNEL(winograd) = {KERNEL(winograd_packed),  KERNEL(winograd_forward_scratch),
+                                           KERNEL(winograd_forward), KERNEL(winograd_weight_scratch),
+                                           KERNEL(winograd_weight),  ROUNDS_ONCE};

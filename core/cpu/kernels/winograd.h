@@ -210,6 +210,7 @@ void KERNEL(winograd_product)(bool turned, int rows, int64_t depth, const float 
 
 /* ---- convolutions: the functions of winograd_kernels ---- */
 
+size_t KERNEL(winograd_packed)(const conv_geometry *g);
 size_t KERNEL(winograd_forward_scratch)(conv_direction direction, const conv_geometry *g, int threads);
 void KERNEL(winograd_forward)(conv_direction direction, const winograd_operands *operands, int threads, void *scratch);
 size_t KERNEL(winograd_weight_scratch)(const conv_geometry *g, int threads);

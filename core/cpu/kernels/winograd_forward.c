@@ -21,6 +21,8 @@ typedef struct {
   winograd_result y;
   winograd_tiling tiling;
   const float *w;
+  float *u;            /* transformed */
+  bool is_transformed; /* already */
   int64_t w_out, w_in; /* of the kernel as it is stored */
   bool turned;
   int64_t out, panels;
@@ -71,6 +73,11 @@ static int64_t m_size(const forward_plan *p) {
   return divide_up(ELEMENTS * p->m_matrix, 16) * 16;
 }
 
+size_t KERNEL(winograd_packed)(const conv_geometry *g) {
+  forward_plan p = make_plan(CONV_FORWARD, g, 1); /* the kernel is the same for any number of threads */
+  return (size_t)(g->groups * u_size(&p)) * sizeof(float);
+}
+
 size_t KERNEL(winograd_forward_scratch)(conv_direction direction, const conv_geometry *g, int threads) {
   forward_plan p = make_plan(direction, g, threads);
   int64_t vs = p.by_channels ? p.blocks : threads;
@@ -92,7 +99,7 @@ static void count_pixels(const winograd_block *block, bool begins, int64_t chann
 
 /* The block's outputs of panels first ... last-1. */
 static void finish_block(const forward_plan *p, const winograd_block *block, int64_t k, int64_t first, int64_t last,
-                         const float *u, const float *v, float *m) {
+                         const float *v, float *m) {
   int64_t depth = p->x.channels, channel = first * PANEL, columns = smaller(p->out, last * PANEL) - channel;
   for (int e = 0; e < ELEMENTS; e++) {
     int low, high;
@@ -101,7 +108,7 @@ static void finish_block(const forward_plan *p, const winograd_block *block, int
       int width = p->out - panel * PANEL > LANES ? PANEL : LANES;
       KERNEL(winograd_product)
       (false, high - low, depth, v + e * p->v_matrix + low * p->v_row, p->v_row,
-       u + e * p->u_matrix + panel * PANEL * depth, PANEL, width,
+       p->u + e * p->u_matrix + panel * PANEL * depth, PANEL, width,
        m + e * p->m_matrix + low * p->m_row + (panel - first) * PANEL, p->m_row, false);
     }
   }
@@ -115,18 +122,22 @@ static void finish_block(const forward_plan *p, const winograd_block *block, int
   KERNEL(winograd_give)(&y, block, channel, columns, m, p->m_row, p->m_matrix);
 }
 
+static void take_kernel(const forward_plan *p, int64_t panel) {
+  bool streams = STREAMS && u_size(p) * (int64_t)sizeof(float) >= STREAMED_KERNEL;
+  KERNEL(winograd_take_kernel)
+  (p->w, p->w_out, p->w_in, p->turned, panel, panel + 1, p->u + panel * PANEL * p->x.channels, p->u_matrix, streams);
+}
+
 static void run_group(const forward_plan *p, int threads, float *scratch) {
-  float *u = scratch, *vs = u + u_size(p), *ms = vs + (p->by_channels ? p->blocks : threads) * v_size(p);
+  float *vs = scratch, *ms = vs + (p->by_channels ? p->blocks : threads) * v_size(p);
   char *blocks = (char *)(ms + threads * m_size(p));
 #pragma omp parallel num_threads(threads)
   {
     int me = omp_get_thread_num(), all = omp_get_num_threads();
     float *m = ms + me * m_size(p);
 #pragma omp for schedule(static)
-    for (int64_t panel = 0; panel < p->panels; panel++)
-      KERNEL(winograd_take_kernel)
-    (p->w, p->w_out, p->w_in, p->turned, panel, panel + 1, u + panel * PANEL * p->x.channels, p->u_matrix,
-     STREAMS && u_size(p) * (int64_t)sizeof(float) >= STREAMED_KERNEL);
+    for (int64_t panel = 0; panel < (p->is_transformed ? 0 : p->panels); panel++)
+      take_kernel(p, panel);
     if (p->by_channels) {
       for (int64_t k = 0; k < p->blocks; k++) {
         winograd_block *block = (winograd_block *)(blocks + k * p->block_bytes);
@@ -139,7 +150,7 @@ static void run_group(const forward_plan *p, int threads, float *scratch) {
 #pragma omp barrier
       int64_t first = p->panels * me / all, last = p->panels * (me + 1) / all;
       for (int64_t k = 0; k < p->blocks && last > first; k++)
-        finish_block(p, (winograd_block *)(blocks + k * p->block_bytes), k, first, last, u, vs + k * v_size(p), m);
+        finish_block(p, (winograd_block *)(blocks + k * p->block_bytes), k, first, last, vs + k * v_size(p), m);
     } else {
       winograd_block *block = (winograd_block *)(blocks + me * p->block_bytes);
       float *v = vs + me * v_size(p);
@@ -148,7 +159,7 @@ static void run_group(const forward_plan *p, int threads, float *scratch) {
            k++) {
         cut_block(p, k, block);
         KERNEL(winograd_take)(&p->x, block, 0, block->count, v, p->v_row, p->v_matrix);
-        finish_block(p, block, k, 0, p->panels, u, v, m);
+        finish_block(p, block, k, 0, p->panels, v, m);
       }
     }
     stream_end();
@@ -156,15 +167,16 @@ static void run_group(const forward_plan *p, int threads, float *scratch) {
 }
 
 void KERNEL(winograd_forward)(conv_direction direction, const winograd_operands *o, int threads, void *scratch) {
-  const conv_geometry *g = o->conv.g;
+  const conv_geometry *g = o->g;
   forward_plan p = make_plan(direction, g, threads);
-  const float *x = p.turned ? o->conv.y : o->conv.x, *w = o->conv.w;
-  float *y = p.turned ? o->conv.x : o->conv.y;
+  const float *x = p.turned ? o->y : o->x, *bias = o->after.bias, *residual = o->after.residual;
+  float *y = p.turned ? o->x : o->y, *u = o->packed ? o->packed->memory : scratch;
   p.x.relu = o->relu_x;
-  p.y.relu = o->relu_y;
+  p.y.relu = o->after.relu;
   p.y.moments_step = p.y.step;
   p.y.streams = STREAMS && g->batch * pixels(p.y.size) * p.y.step * (int64_t)sizeof(float) >= STREAMED_MAP &&
                 p.out % LANES == 0 && (uintptr_t)y % sizeof(float_lanes) == 0;
+  p.is_transformed = o->packed && o->packed->ready;
   if (o->moments) {
     int64_t left = moments_chunks(g->batch * pixels(p.y.size)) - p.chunks, size = 4 * p.y.moments_step;
     memset(o->moments + p.chunks * size, 0, (size_t)(left * size) * sizeof(float)); /* chunks of nothing */
@@ -173,11 +185,12 @@ void KERNEL(winograd_forward)(conv_direction direction, const winograd_operands 
     p.x.data = x + k * p.x.channels;
     p.x.scale = o->scale ? o->scale + k * p.x.channels : NULL;
     p.x.shift = o->scale ? o->shift + k * p.x.channels : NULL;
-    p.w = w + k * g->out * 9 * g->in;
+    p.w = o->w + k * g->out * 9 * g->in;
+    p.u = u + (o->packed ? k * u_size(&p) : 0);
     p.y.data = y + k * p.out;
-    p.y.bias = o->conv.bias ? o->conv.bias + k * p.out : NULL;
-    p.y.residual = o->residual ? o->residual + k * p.out : NULL;
+    p.y.bias = bias ? bias + k * p.out : NULL;
+    p.y.residual = residual ? residual + k * p.out : NULL;
     p.y.moments = o->moments ? o->moments + k * p.out : NULL;
-    run_group(&p, threads, scratch);
+    run_group(&p, threads, (float *)scratch + u_size(&p));
   }
 }

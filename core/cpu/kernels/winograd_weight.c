@@ -146,15 +146,15 @@ static void run_by_channels(const weight_plan *p, float *scratch) {
 }
 
 void KERNEL(winograd_weight)(const winograd_operands *o, int threads, void *scratch) {
-  const conv_geometry *g = o->conv.g;
+  const conv_geometry *g = o->g;
   weight_plan p = make_plan(g, threads);
   p.x.relu = o->relu_x;
   for (int64_t k = 0; k < g->groups; k++) {
-    p.x.data = o->conv.x + k * g->in;
+    p.x.data = o->x + k * g->in;
     p.x.scale = o->scale ? o->scale + k * g->in : NULL;
     p.x.shift = o->scale ? o->shift + k * g->in : NULL;
-    p.dy.data = o->conv.y + k * g->out;
-    p.dw = o->conv.w + k * g->out * 9 * g->in;
+    p.dy.data = o->y + k * g->out;
+    p.dw = o->w + k * g->out * 9 * g->in;
     (p.by_tiles ? run_by_tiles : run_by_channels)(&p, scratch);
   }
 }

@@ -23,14 +23,19 @@ local known = {
 
 -- ---- making ----
 
-local function merged(o, description)
+-- A copy of a table with some more in it.
+local function with(given, more)
   local all = {}
+  for key, value in pairs(given) do all[key] = value end
+  for key, value in pairs(more) do all[key] = value end
+  return all
+end
+
+local function merged(o, description)
   if type(o) ~= "table" or (description ~= nil and type(description) ~= "table") then
     core.fail(("ReparamBlock: a table of options expected, got %s"):format(type(type(o) == "table" and description or o)))
   end
-  for key, value in pairs(description or {}) do all[key] = value end
-  for key, value in pairs(o) do all[key] = value end
-  return all
+  return with(description or {}, o)
 end
 
 local function one_of(value, list, where, name)
@@ -112,6 +117,7 @@ function ReparamBlock:init(o, description)
   rawset(self, "options", o)
   rawset(self, "plan", reparam.compile(o, where))
   rawset(self, "geometry", { stride = o.stride, padding = o.padding, dilation = o.dilation, groups = o.groups })
+  rawset(self, "whole", with(self.geometry, { act = o.act })) -- of a deployed or folded block
   if o.mode == "deploy" then
     add_deployed_form(self, core.zeros(o.out_channels, o.in_channels // o.groups, o.kernel_size[1], o.kernel_size[2]),
       core.zeros(o.out_channels))
@@ -233,14 +239,24 @@ local function done_with(t)
   if internal.no_hooks() then t:release() end
 end
 
-local function activated(self, y)
+local function finished(self, y, residual)
+  if residual then
+    local sum = y + residual
+    done_with(y)
+    y = sum
+  end
   if self.options.act ~= "relu" then return y end
   local z = F.relu(y)
   done_with(y)
   return z
 end
 
-local function online(self, x)
+-- One convolution that does everything.
+local function whole(self, x, weight, bias, residual)
+  return F.conv2d(x, weight, bias, residual and with(self.whole, { add = residual }) or self.whole)
+end
+
+local function online(self, x, residual)
   local o = self.options
   local plain = self.plan.plain -- the kernel is this parameter
   local weight = plain and self[plain] or tree.squeeze(self.plan.tree, slots(self), x, self.geometry)
@@ -251,18 +267,19 @@ local function online(self, x)
     done_with(y)
     y = z
   end
-  return activated(self, y)
+  return finished(self, y, residual)
 end
 
-function ReparamBlock:forward(x)
+-- With a residual, that is added before the activation.
+function ReparamBlock:forward(x, residual)
   if self.mode == "deploy" then
     local name = self.options.deployed
-    return activated(self, F.conv2d(x, self[name .. ".weight"], self[name .. ".bias"], self.geometry))
+    return whole(self, x, self[name .. ".weight"], self[name .. ".bias"], residual)
   elseif may_fold(self) then
     local weight, bias = kept_fold(self)
-    return activated(self, F.conv2d(x, weight, bias, self.geometry))
+    return whole(self, x, weight, bias, residual)
   end
-  return online(self, x)
+  return online(self, x, residual)
 end
 
 -- ---- deploying ----
@@ -307,8 +324,8 @@ end
 document("nn.ReparamBlock", [[
   nn.ReparamBlock({in_channels=, out_channels=, kernel_size=, stride=, padding=, ...}, {branches=, ...}) -> module
   A block of linear branches that trains as one convolution; the options may be one table or two. docs/blocks.md has all of
-  them. b:squeezed_weight() is the one kernel, b:branch_weights() what each branch adds to it, b:deploy() leaves the
-  convolution alone.
+  them. b(x, residual) adds the residual before the activation. b:squeezed_weight() is the one kernel, b:branch_weights() what
+  each branch adds to it, b:deploy() leaves the convolution alone.
   > local L = orepa.reparam
   > return nn.ReparamBlock{in_channels = 4, out_channels = 8, kernel_size = 3, act = "relu", branches = {
   >   {name = "plain", L.conv{3}}, {name = "smooth", scale = 0.5, L.conv{1}, L.average{3}}}}(orepa.ones(1, 4, 6, 6))]])
