@@ -10,6 +10,7 @@
 
 enum {
   STEP = 8,     /* lines that are summed together */
+  STREAMED = 1 << 22,
   BLOCK = 4096, /* elements of a block, if STEP lines are no more */
 };
 
@@ -235,6 +236,19 @@ static ALWAYS_INLINE void gradient_lines(void *restrict dx, const void *restrict
   }
 }
 
+/* The same of floats past the caches; width and dx are whole vectors. */
+static void stream_gradient(float *dx, const float *dy, const float *x, int64_t elements, int64_t width,
+                            const term_lines *t, bool centered) {
+  for (int64_t line = 0; line < elements; line += width)
+    for (int64_t c = 0; c < width; c += LANES) {
+      float_lanes gain = load_lanes(t->gain, c, false), u = gain * load_lanes(dy, line + c, false);
+      if (centered)
+        u += load_lanes(t->slope, c, false) * (load_lanes(x, line + c, false) - load_lanes(t->mean, c, false)) +
+             load_lanes(t->level, c, false);
+      stream_lanes(dx + line + c, u);
+    }
+}
+
 static ALWAYS_INLINE void all_gradient_lines(void *dx, const void *dy, const void *x, int64_t elements, int64_t width,
                                              const term_lines t, const bool half, const bool centered) {
   int64_t offset = 0;
@@ -245,8 +259,10 @@ static ALWAYS_INLINE void all_gradient_lines(void *dx, const void *dy, const voi
 }
 
 static void gradient_block(void *dx, const void *dy, const void *x, int64_t elements, int64_t width,
-                           const term_lines *t, bool half, bool centered) {
-  if (half && centered)
+                           const term_lines *t, bool half, bool centered, bool streams) {
+  if (STREAMS && !half && streams)
+    stream_gradient(dx, dy, x, elements, width, t, centered);
+  else if (half && centered)
     all_gradient_lines(dx, dy, x, elements, width, *t, true, true);
   else if (half)
     all_gradient_lines(dx, dy, x, elements, width, *t, true, false);
@@ -257,7 +273,7 @@ static void gradient_block(void *dx, const void *dy, const void *x, int64_t elem
 }
 
 static void gradient_run(const row_layout *m, row_run run, void *dx, const gradient_source *g, bool batch_statistics,
-                         const gradient_terms *terms, void *buffer) {
+                         const gradient_terms *terms, bool streams, void *buffer) {
   float lines[6][LINE];
   const float *scale, *shift;
   run_walk w = walk_of(m, run);
@@ -270,7 +286,7 @@ static void gradient_run(const row_layout *m, row_run run, void *dx, const gradi
     int64_t count = w.elements - k < w.block ? w.elements - k : w.block, offset = run.offset + k;
     const void *dy = gradient_at(g, m, offset, count, w.width, scale, shift, buffer);
     gradient_block((void *)element(dx, offset, m->half), dy, element(g->x, offset, m->half), count, w.width, &t,
-                   m->half, batch_statistics);
+                   m->half, batch_statistics, streams && count % w.width == 0 && w.width % LANES == 0);
   }
 }
 
@@ -376,6 +392,7 @@ device_status KERNEL(norm_backward)(device_context *context, bool batch_statisti
     return DEVICE_FAILED;
   gradient_terms terms = {dense_channels(mean, s.terms), s.terms + m.channels, s.terms + 2 * m.channels,
                           s.terms + 3 * m.channels};
+  bool streams = dx && m.rows * m.channels * (int64_t)sizeof(float) >= STREAMED && m.channels % LANES == 0;
   pool_plan pool;
   if (dy->windows)
     pool = KERNEL(pool_plan_in)(s.plan, dy->windows, dy->dy, x);
@@ -398,8 +415,9 @@ device_status KERNEL(norm_backward)(device_context *context, bool batch_statisti
     for (int64_t k = (dx ? chunks : 0) - 1; k >= 0; k--) {
       int64_t first = k * step, last = chunk_end(m.rows, k);
       for (int64_t j = 0; j < runs_between(&m, first, last); j++)
-        gradient_run(&m, run_between(&m, first, last, j), dx->data, &kept, batch_statistics, &terms, buffer);
+        gradient_run(&m, run_between(&m, first, last, j), dx->data, &kept, batch_statistics, &terms, streams, buffer);
     }
+    stream_end();
   }
   return DEVICE_DONE;
 }
