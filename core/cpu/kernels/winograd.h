@@ -203,10 +203,10 @@ void KERNEL(winograd_give_kernel)(const float *du, int64_t row_step, int64_t mat
 
 /* ---- products ---- */
 
-/* c[row][0 ... width-1] (+)= sum over k of a[row, k] * b[k][column], for a panel of `width` = LANES or PANEL columns.
- * a[row, k] is a[row * step + k], or turned a[k * step + row]. */
+/* c[row][column] (+)= sum over k of a[row, k] * b[k][column], for a panel b whose first `columns` columns are wanted
+ * (the others of a vector are written as well). a[row, k] is a[row * step + k], or turned a[k * step + row]. */
 void KERNEL(winograd_product)(bool turned, int rows, int64_t depth, const float *a, int64_t step, const float *b,
-                              int64_t b_step, int width, float *c, int64_t c_step, bool add);
+                              int64_t columns, float *c, int64_t c_step, bool add);
 
 /* ---- convolutions: the functions of winograd_kernels ---- */
 

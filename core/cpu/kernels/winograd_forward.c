@@ -105,10 +105,9 @@ static void finish_block(const forward_plan *p, const winograd_block *block, int
     int low, high;
     winograd_rows(block, e, &low, &high);
     for (int64_t panel = first; panel < last && high > low; panel++) {
-      int width = p->out - panel * PANEL > LANES ? PANEL : LANES;
       KERNEL(winograd_product)
       (false, high - low, depth, v + e * p->v_matrix + low * p->v_row, p->v_row,
-       p->u + e * p->u_matrix + panel * PANEL * depth, PANEL, width,
+       p->u + e * p->u_matrix + panel * PANEL * depth, p->out - panel * PANEL,
        m + e * p->m_matrix + low * p->m_row + (panel - first) * PANEL, p->m_row, false);
     }
   }

@@ -80,10 +80,9 @@ static void multiply_block(const weight_plan *p, const winograd_block *block, in
     int low, high;
     winograd_rows(block, e, &low, &high);
     for (int64_t k = 0; k < panels; k++) {
-      int width = p->out - (panel + k) * PANEL > LANES ? PANEL : LANES;
       KERNEL(winograd_product)
       (true, (int)rows, high - low, v + e * p->v_matrix + low * p->v_row + row, p->v_row,
-       z + e * p->z_matrix + ((panel + k) * p->tiles + low) * PANEL, PANEL, width,
+       z + e * p->z_matrix + ((panel + k) * p->tiles + low) * PANEL, p->out - (panel + k) * PANEL,
        sums + e * p->sum_matrix + k * p->rows * PANEL, PANEL, add);
     }
   }
