@@ -27,15 +27,36 @@ static ALWAYS_INLINE void apply_line(void *restrict z, const void *restrict y, c
   }
 }
 
+/* A line of floats past the caches; z and the width are whole vectors. */
+static ALWAYS_INLINE void stream_line(float *z, const float *y, const float *r, int64_t width, const apply_terms t,
+                                      float least, const apply_kind kind) {
+  const float_lanes floor = (float_lanes){0} + least;
+  for (int64_t c = 0; c < width; c += LANES) {
+    float_lanes value =
+        multiply_add_lanes(load_lanes(t.scale, c, false), load_lanes(y, c, false), load_lanes(t.shift, c, false));
+    if (kind == PLUS_MAP)
+      value += load_lanes(r, c, false);
+    if (kind == PLUS_NORM)
+      value +=
+          multiply_add_lanes(load_lanes(t.r_scale, c, false), load_lanes(r, c, false), load_lanes(t.r_shift, c, false));
+    const int_lanes below = (int_lanes)(value < floor); /* NaN is not */
+    stream_lanes(z + c, (float_lanes)(((int_lanes)floor & below) | ((int_lanes)value & ~below)));
+  }
+}
+
 static ALWAYS_INLINE void apply_lines(void *z, const void *y, const void *r, int64_t offset, int64_t elements,
-                                      int64_t width, const apply_terms t, float least, const bool half,
+                                      int64_t width, const apply_terms t, float least, const bool half, bool streams,
                                       const apply_kind kind) {
   for (int64_t end = offset + elements; offset < end; offset += width)
-    apply_line(z, y, r, offset, end - offset < width ? end - offset : width, t, least, half, kind);
+    if (!half && streams && end - offset >= width)
+      stream_line((float *)z + offset, (const float *)y + offset, (const float *)r + (r ? offset : 0), width, t, least,
+                  kind);
+    else
+      apply_line(z, y, r, offset, end - offset < width ? end - offset : width, t, least, half, kind);
 }
 
 static void apply_run(const row_layout *m, row_run run, void *z, const void *y, const void *r, const apply_terms *terms,
-                      bool relu) {
+                      bool relu, bool streams) {
   float lines[4][LINE], least = relu ? 0 : -INFINITY;
   int64_t copies = rows_in_line(m->width, run.rows), width = copies * m->width, elements = run.rows * m->width;
   apply_terms t = {repeat(lines[0], terms->scale + run.channel, m->width, copies),
@@ -47,22 +68,22 @@ static void apply_run(const row_layout *m, row_run run, void *z, const void *y, 
   apply_kind kind = !r ? ALONE : t.r_scale ? PLUS_NORM : PLUS_MAP;
   switch ((m->half ? 3 : 0) + (int)kind) {
   case ALONE:
-    apply_lines(z, y, NULL, run.offset, elements, width, t, least, false, ALONE);
+    apply_lines(z, y, NULL, run.offset, elements, width, t, least, false, streams, ALONE);
     break;
   case PLUS_MAP:
-    apply_lines(z, y, r, run.offset, elements, width, t, least, false, PLUS_MAP);
+    apply_lines(z, y, r, run.offset, elements, width, t, least, false, streams, PLUS_MAP);
     break;
   case PLUS_NORM:
-    apply_lines(z, y, r, run.offset, elements, width, t, least, false, PLUS_NORM);
+    apply_lines(z, y, r, run.offset, elements, width, t, least, false, streams, PLUS_NORM);
     break;
   case 3 + ALONE:
-    apply_lines(z, y, NULL, run.offset, elements, width, t, least, true, ALONE);
+    apply_lines(z, y, NULL, run.offset, elements, width, t, least, true, false, ALONE);
     break;
   case 3 + PLUS_MAP:
-    apply_lines(z, y, r, run.offset, elements, width, t, least, true, PLUS_MAP);
+    apply_lines(z, y, r, run.offset, elements, width, t, least, true, false, PLUS_MAP);
     break;
   default:
-    apply_lines(z, y, r, run.offset, elements, width, t, least, true, PLUS_NORM);
+    apply_lines(z, y, r, run.offset, elements, width, t, least, true, false, PLUS_NORM);
   }
 }
 
@@ -89,11 +110,13 @@ device_status KERNEL(norm_apply)(device_context *context, const device_array *z,
     terms.r_shift = dense_channels(r_shift, copies + 3 * m.channels);
   }
   int64_t step = rows_at_once(m.channels);
+  bool streams = streams_map(&m, z->data);
 #pragma omp parallel for schedule(static) if (m.rows * m.channels >= PARALLEL_FROM)
   for (int64_t first = 0; first < m.rows; first += step) {
     int64_t last = first + step < m.rows ? first + step : m.rows;
     for (int64_t k = 0; k < runs_between(&m, first, last); k++)
-      apply_run(&m, run_between(&m, first, last, k), z->data, y->data, r ? r->data : NULL, &terms, relu);
+      apply_run(&m, run_between(&m, first, last, k), z->data, y->data, r ? r->data : NULL, &terms, relu, streams);
+    stream_end();
   }
   return DEVICE_DONE;
 }

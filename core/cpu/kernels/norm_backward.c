@@ -10,7 +10,6 @@
 
 enum {
   STEP = 8,     /* lines that are summed together */
-  STREAMED = 1 << 22,
   BLOCK = 4096, /* elements of a block, if STEP lines are no more */
 };
 
@@ -260,7 +259,7 @@ static ALWAYS_INLINE void all_gradient_lines(void *dx, const void *dy, const voi
 
 static void gradient_block(void *dx, const void *dy, const void *x, int64_t elements, int64_t width,
                            const term_lines *t, bool half, bool centered, bool streams) {
-  if (STREAMS && !half && streams)
+  if (streams)
     stream_gradient(dx, dy, x, elements, width, t, centered);
   else if (half && centered)
     all_gradient_lines(dx, dy, x, elements, width, *t, true, true);
@@ -286,7 +285,7 @@ static void gradient_run(const row_layout *m, row_run run, void *dx, const gradi
     int64_t count = w.elements - k < w.block ? w.elements - k : w.block, offset = run.offset + k;
     const void *dy = gradient_at(g, m, offset, count, w.width, scale, shift, buffer);
     gradient_block((void *)element(dx, offset, m->half), dy, element(g->x, offset, m->half), count, w.width, &t,
-                   m->half, batch_statistics, streams && count % w.width == 0 && w.width % LANES == 0);
+                   m->half, batch_statistics, streams && count % w.width == 0);
   }
 }
 
@@ -392,7 +391,7 @@ device_status KERNEL(norm_backward)(device_context *context, bool batch_statisti
     return DEVICE_FAILED;
   gradient_terms terms = {dense_channels(mean, s.terms), s.terms + m.channels, s.terms + 2 * m.channels,
                           s.terms + 3 * m.channels};
-  bool streams = dx && m.rows * m.channels * (int64_t)sizeof(float) >= STREAMED && m.channels % LANES == 0;
+  bool streams = dx && streams_map(&m, dx->data);
   pool_plan pool;
   if (dy->windows)
     pool = KERNEL(pool_plan_in)(s.plan, dy->windows, dy->dy, x);

@@ -16,6 +16,7 @@ enum {
   LINE_LEAST = 256,      /* and at least: loops over fewer don't pay */
   MERGED = 64,           /* channels merged at a time */
   PARALLEL_FROM = 65536, /* elements */
+  STREAMED = 1 << 20,    /* elements of a map that is written past the caches */
 };
 
 static inline bool is_map(const device_array *a) {
@@ -51,6 +52,12 @@ static inline row_layout layout_of(const device_array *x) {
   m.width = innermost ? channels : 1;
   m.length = innermost ? m.rows : length;
   return m;
+}
+
+/* Whether a result like the map is written past the caches: then its lines are whole vectors. */
+static inline bool streams_map(const row_layout *m, const void *data) {
+  return STREAMS && !m->half && m->rows * m->channels >= STREAMED && m->width % LANES == 0 &&
+         (uintptr_t)data % sizeof(float_lanes) == 0;
 }
 
 /* Rows of one block that lie side by side: `offset` elements from the map's data. */
