@@ -122,11 +122,10 @@ local function cells_of(work, row, whole)
 end
 
 local function show(work, rows, step, untimed)
-  print(("%s %s, width %g, batch %d, %d px, %s, %d threads; milliseconds a step"):format(args.model, args.reparam, args.width,
-    args.batch_size, args.size, args.mode, args.threads))
+  print(("%s, %d threads; milliseconds a step"):format(workload.title(args), args.threads))
   local head = { "" }
   for _, part in ipairs(work.parts) do head[#head + 1] = part[1] end
-  table.move({ "all", "%", "calls", "GFLOP/s" }, 1, 4, #head + 1, head)
+  measure.append(head, { "all", "%", "calls", "GFLOP/s" })
   local lines = { head }
   for _, row in ipairs(rows) do lines[#lines + 1] = cells_of(work, row, step.total_ms) end
   lines[#lines + 1] = cells_of(work, step, step.total_ms)

@@ -11,7 +11,6 @@ local argparse = require "argparse"
 package.path = (arg[0]:match "^.*/" or "") .. "?.lua;" .. package.path
 local measure = require "measure"
 local workload = require "workload"
-local models = require "orepa.models"
 local orepa = require "orepa"
 local F = orepa.F
 
@@ -29,19 +28,14 @@ local directions = { { "forward", "conv_forward" }, { "data", "conv_backward_dat
 
 -- The network's distinct convolutions in order, with how often each occurs.
 local function distinct()
-  local net = models.create(args.model, { reparam = args.reparam, classes = args.classes, width = args.width })
-  local list, by_text = {}, {}
-  for _, layer in ipairs(workload.layers(net, args.batch_size, args.size)) do
-    local text = layer.kind == "conv" and workload.geometry_text(layer)
-    if text and by_text[text] then
-      by_text[text].count = by_text[text].count + 1
-    elseif text then
-      layer.text, layer.count = text, 1
-      by_text[text] = layer
+  local list = {}
+  for _, layer in ipairs(workload.layers(workload.network(args), args.batch_size, args.size)) do
+    if layer.kind == "conv" then
+      layer.text = workload.geometry_text(layer)
       list[#list + 1] = layer
     end
   end
-  return list
+  return measure.distinct(list)
 end
 
 -- ---- time: what the device's entries take ----
@@ -129,12 +123,10 @@ local function serve()
   end)
 end
 
+local handed_on = { "model", "reparam", "batch_size", "size", "width", "classes", "threads", "precision", "evict", "error_macs" }
+
 local function start(way)
-  local words = { measure.program(), arg[0], "--serve" }
-  for _, name in ipairs { "model", "reparam", "batch_size", "size", "width", "classes", "threads", "precision", "evict",
-    "error_macs" } do
-    table.move({ "--" .. name:gsub("_", "-"), args[name] }, 1, 2, #words + 1, words)
-  end
+  local words = { measure.program(), arg[0], "--serve", table.unpack(measure.words(args, handed_on)) }
   return measure.start("OREPA_CONV=" .. way, measure.command(words, { OREPA_CONV = way }))
 end
 
@@ -146,8 +138,7 @@ local function run_rounds(layers, ways)
       for _, way in ipairs(ways) do
         local answer = way.process:ask(k, args.steps)
         for _, d in ipairs(directions) do
-          local all = layer.seconds[way.name][d[1]]
-          table.move(answer[d[1]], 1, args.steps, #all + 1, all)
+          measure.append(layer.seconds[way.name][d[1]], answer[d[1]])
         end
       end
     end
@@ -173,8 +164,7 @@ end
 -- ---- output ----
 
 local function show(rows)
-  print(("%s %s, width %g, batch %d, %d px, %d threads"):format(args.model, args.reparam, args.width, args.batch_size, args.size,
-    args.threads))
+  print(("%s, %d threads"):format(workload.title(args), args.threads))
   local lines = { { "convolution", "count", "way", "direction", "ms", "quartiles", "GFLOP/s", "error" } }
   local totals = {}
   for _, row in ipairs(rows) do

@@ -16,12 +16,16 @@ parser:option("--threads", "threads of each", 2):convert(measure.at_least(1))
 parser:option("--python", "interpreter with PyTorch, for the peer")
 local args = parser:parse()
 
+local function common(reparam)
+  return "--reparam", reparam, "--epochs", 1, table.unpack(measure.words(args, { "width", "threads" }))
+end
+
 local function ours(reparam)
   return function()
     local folder = os.tmpname()
     os.remove(folder)
     measure.output_of(measure.command { measure.program(), measure.folder() .. "/../train.lua", "--model", "resnet18",
-      "--reparam", reparam, "--width", args.width, "--epochs", 1, "--threads", args.threads, "--no-test", "--out", folder })
+      "--no-test", "--out", folder, common(reparam) })
     local file <close> = assert(io.open(folder .. "/metrics.json"))
     local seconds = cjson.decode(file:read "a").epochs[1].seconds
     measure.output_of(measure.command { "rm", "-r", folder })
@@ -31,8 +35,8 @@ end
 
 local function peer(variant)
   return function()
-    local text = measure.output_of(measure.command { args.python, measure.folder() .. "/peers/pytorch_orepa.py", "--reparam",
-      "orepa", "--width", args.width, "--epochs", 1, "--threads", args.threads, "--variant", variant, "--json" })
+    local text = measure.output_of(measure.command { args.python, measure.folder() .. "/peers/pytorch_orepa.py", "--variant",
+      variant, "--json", common "orepa" })
     return cjson.decode(text).seconds
   end
 end

@@ -74,6 +74,26 @@ end
 measure.numbers = list_of(tonumber, "a number")
 measure.integers = list_of(math.tointeger, "an integer")
 
+-- `values` behind those of `list`, which is given back.
+function measure.append(list, values)
+  return table.move(values, 1, #values, #list + 1, list)
+end
+
+-- Entries of different `text`, in order: the first of each, with how often the text occurs as `count`.
+function measure.distinct(entries)
+  local list, by_text = {}, {}
+  for _, entry in ipairs(entries) do
+    local first = by_text[entry.text]
+    if first then
+      first.count = first.count + 1
+    else
+      entry.count, by_text[entry.text] = 1, entry
+      list[#list + 1] = entry
+    end
+  end
+  return list
+end
+
 -- For argparse: an integer that is not too small.
 function measure.at_least(least)
   return function(text)
@@ -96,6 +116,13 @@ function measure.command(words, environment)
   table.sort(parts)
   for _, word in ipairs(words) do parts[#parts + 1] = quoted(word) end
   return "env " .. table.concat(parts, " ")
+end
+
+-- Options as words for another process: {"--batch-size", 16, ...} for the names {"batch_size", ...}.
+function measure.words(options, names)
+  local words = {}
+  for _, name in ipairs(names) do measure.append(words, { "--" .. name:gsub("_", "-"), options[name] }) end
+  return words
 end
 
 function measure.output_of(command)

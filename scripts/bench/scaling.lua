@@ -49,11 +49,9 @@ local function combinations()
 end
 
 local function run_once(point)
-  local words = { measure.program(), measure.folder() .. "/step.lua", "--serve", "--mode", args.mode, "--classes", args.classes,
-    "--precision", args.precision }
-  for _, axis in ipairs(axes) do
-    table.move({ "--" .. axis:gsub("_", "-"), point[axis] }, 1, 2, #words + 1, words)
-  end
+  local words = measure.append({ measure.program(), measure.folder() .. "/step.lua", "--serve" },
+    measure.words(args, { "mode", "classes", "precision" }))
+  measure.append(words, measure.words(point, axes))
   local process = measure.start("step.lua", measure.command(words))
   local answer = process:ask(args.warm_up, args.steps)
   process:close()
@@ -64,7 +62,7 @@ local function run_all(points)
   for _ = 1, args.rounds do
     for _, point in ipairs(points) do
       local answer, operations = run_once(point)
-      point.seconds = table.move(answer.seconds, 1, args.steps, #(point.seconds or {}) + 1, point.seconds or {})
+      point.seconds = measure.append(point.seconds or {}, answer.seconds)
       point.memory, point.operations = point.memory or answer.peak_memory, operations
     end
   end

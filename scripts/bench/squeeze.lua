@@ -10,7 +10,6 @@ local argparse = require "argparse"
 package.path = (arg[0]:match "^.*/" or "") .. "?.lua;" .. package.path
 local measure = require "measure"
 local workload = require "workload"
-local models = require "orepa.models"
 local orepa = require "orepa"
 local F = orepa.F
 
@@ -47,30 +46,24 @@ local function describe(path, block, x, y, is_first)
     o.stride[1] ~= 1 and " stride " .. o.stride[1] or "", o.in_channels, o.out_channels, x.shape[3], x.shape[4])
   local count = products[block.kind]
   local macs = count and o.groups == 1 and count(o.out_channels, o.in_channels, o.kernel_size[1])
-  return { text = text, path = path, block = block, count = 1, input = x.shape, output = y.shape, squeeze_macs = macs or nil,
+  return { text = text, path = path, block = block, input = x.shape, output = y.shape, squeeze_macs = macs or nil,
     is_first = is_first }
 end
 
 -- The blocks that squeeze, each distinct geometry once, in the order in which a pass meets them.
 local function distinct_blocks(net)
-  local list, by_text, hooks = {}, {}, {}
+  local list, hooks = {}, {}
   for path, module in net:named_modules() do
     if module.squeezed_weight and not module.plan.plain then
       hooks[#hooks + 1] = module:register_forward_hook(function(block, inputs, y)
-        local b = describe(path, block, inputs[1], y, #list == 0)
-        if by_text[b.text] then
-          by_text[b.text].count = by_text[b.text].count + 1
-        else
-          by_text[b.text] = b
-          list[#list + 1] = b
-        end
+        list[#list + 1] = describe(path, block, inputs[1], y, #list == 0)
       end)
     end
   end
   workload.layers(net, args.batch_size, args.size) -- a pass
   for _, hook in ipairs(hooks) do hook.remove() end
   net:train()
-  return list
+  return measure.distinct(list)
 end
 
 -- ---- time ----
@@ -143,8 +136,7 @@ local columns = { "squeeze_forward", "squeeze_backward", "conv_forward", "conv_b
 
 local function show(rows)
   if #rows == 0 then print "no block of this network squeezes" return end
-  print(("%s %s, width %g, batch %d, %d px, %d threads; ms and GFLOP/s"):format(args.model, args.reparam, args.width,
-    args.batch_size, args.size, args.threads))
+  print(("%s, %d threads; ms and GFLOP/s"):format(workload.title(args), args.threads))
   local totals = {}
   local lines = { { "block", "count", "squeeze", "", "backward", "", "conv", "", "backward", "", "squeeze / conv" } }
   for _, r in ipairs(rows) do
@@ -164,8 +156,7 @@ end
 
 orepa.set_threads(args.threads)
 orepa.manual_seed(1)
-local net = models.create(args.model, { reparam = args.reparam, classes = args.classes, width = args.width })
-local blocks = distinct_blocks(net)
+local blocks = distinct_blocks(workload.network(args))
 for _, b in ipairs(blocks) do b.squeeze, b.conv = {}, {} end
 for _ = 1, args.rounds do
   for _, b in ipairs(blocks) do run_block(b) end

@@ -35,8 +35,7 @@ local limits = {
 }
 
 local function again_limited()
-  local words = { measure.program(), arg[0] }
-  for _, word in ipairs(arg) do words[#words + 1] = word end
+  local words = { measure.program(), arg[0], table.unpack(arg) }
   local _, _, code = os.execute("exec " .. measure.command(words, limits[args.isa]))
   os.exit(code)
 end
@@ -54,10 +53,7 @@ local function ours()
   end }
 end
 
-local function common_words(reparam)
-  return { "--model", args.model, "--reparam", reparam, "--batch-size", args.batch_size, "--size", args.size, "--width",
-    args.width, "--classes", args.classes, "--threads", args.threads, "--mode", args.mode }
-end
+local common = { "model", "batch_size", "size", "width", "classes", "threads", "mode" } -- options of all that take turns
 
 local function peer_words(variant)
   local peers = measure.folder() .. "/peers/"
@@ -71,17 +67,12 @@ local function peer(name)
   local reparam, variant = name:match "^(.-):(.*)$"
   if not reparam then reparam, variant = args.reparam, name end
   if variant == "onnxruntime" and args.isa then parser:error "onnxruntime can't be limited to an instruction set" end
-  local words = peer_words(variant)
-  table.move(common_words(reparam), 1, #common_words(reparam), #words + 1, words)
+  local words = measure.append(peer_words(variant), { "--reparam", reparam, table.unpack(measure.words(args, common)) })
   local process = measure.start(name, measure.command(words, limits[args.isa]))
   return { name = name, ready = process.ready, process = process, ask = function(...) return process:ask(...) end }
 end
 
 -- ---- rounds ----
-
-local function add_to(list, values)
-  table.move(values, 1, #values, #list + 1, list)
-end
 
 local function pause(contestants)
   if #contestants > 1 then os.execute("sleep " .. PAUSE) end
@@ -96,7 +87,7 @@ local function run_round(contestants, round)
     pause(contestants)
     c.medians[round], c.peak_memory = measure.median(answer.seconds), c.peak_memory or answer.peak_memory
     c.peak_tensors = c.peak_tensors or answer.peak_tensors
-    add_to(c.seconds, answer.seconds)
+    measure.append(c.seconds, answer.seconds)
     c.collections = c.collections + (answer.collections or 0)
     c.collection_seconds = c.collection_seconds + (answer.collection_seconds or 0)
   end
@@ -151,8 +142,7 @@ end
 local function show(r)
   local machine = measure.machine()
   print(("%s, %s\n%s, %d threads"):format(machine.cpu, machine.features, machine.libraries:match "^[^,]*", args.threads))
-  print(("%s %s, width %g, batch %d, %d px, %s, %s: %d rounds of %d steps"):format(args.model, args.reparam, args.width,
-    args.batch_size, args.size, args.mode, args.precision, args.rounds, args.steps))
+  print(("%s: %d rounds of %d steps"):format(workload.title(args), args.rounds, args.steps))
   print(("step        %s ms, %.1f images/s"):format(spread("%.2f", r.step_ms), r.images_per_second))
   print(("operations  %.4g GFLOP a step, %.4g GFLOP/s: %.2f of the FMA rate (%.0f), %.2f of a matrix product (%.0f)"):format(
     r.gflop, r.gflops, r.share_of_fma, r.fma_gflops, r.share_of_matmul, r.matmul_gflops))

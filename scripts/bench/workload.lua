@@ -37,6 +37,16 @@ function workload.add_options(parser, defaults)
   parser:flag("--json", "one JSON object a line instead of text")
 end
 
+-- What was run, as those options say it: "resnet18 orepa, width 1, batch 16, 224 px, train, fp32".
+function workload.title(o)
+  return ("%s %s, width %g, batch %d, %d px%s, %s"):format(o.model, o.reparam, o.width, o.batch_size, o.size,
+    o.mode and ", " .. o.mode or "", o.precision)
+end
+
+function workload.network(o)
+  return models.create(o.model, { reparam = o.reparam, classes = o.classes, width = o.width })
+end
+
 -- ---- operations ----
 
 local function product(list)
@@ -150,7 +160,7 @@ function workload.create(o)
   local mode, compute = o.mode or "train", workload.precisions[o.precision]
   orepa.manual_seed(1)
   orepa.set_threads(o.threads)
-  local net = models.create(o.model, { reparam = o.reparam, classes = o.classes, width = o.width })
+  local net = workload.network(o)
   local self = { net = net, layers = workload.layers(net, o.batch_size, o.size) }
   self.operations = workload.operations(self.layers, mode)
   local x = orepa.randn(o.batch_size, 3, o.size, o.size)

@@ -74,6 +74,18 @@ describe("measure", function()
       assert.is_string(message)
     end
   end)
+
+  it("hands options on as words", function()
+    local measure = require "measure"
+    assert.same({ "--batch-size", 2, "--model", "m" }, measure.words({ model = "m", batch_size = 2 }, { "batch_size", "model" }))
+    assert.same({ 1, 2, 3 }, measure.append({ 1 }, { 2, 3 }))
+  end)
+
+  it("counts what occurs more than once", function()
+    local measure = require "measure"
+    assert.same({ { text = "a", n = 1, count = 2 }, { text = "b", n = 2, count = 1 } },
+      measure.distinct { { text = "a", n = 1 }, { text = "b", n = 2 }, { text = "a", n = 3 } })
+  end)
 end)
 
 describe("workload", function()
