@@ -5,7 +5,8 @@
 --     build/orepa scripts/bench/conv.lua --model resnet18 --batch-size 16 --ways direct,winograd
 --
 -- A convolution that is repeated finds its kernel in the cache, and in a step it does not: between two runs other memory is
--- written (--evict). Errors are those of one image, of a part that takes at most --error-macs million multiply-adds.
+-- written (--evict). Errors are those of one image, of a part that takes at most --error-macs million multiply-adds; with
+-- --precision bf16 they count what rounding the map and the kernel to bfloat16 does.
 
 local argparse = require "argparse"
 package.path = (arg[0]:match "^.*/" or "") .. "?.lua;" .. package.path
@@ -24,6 +25,7 @@ parser:flag("--serve", "answer lines of a convolution's number and runs, or 0 fo
 local args = parser:parse()
 
 local compute = workload.precisions[args.precision]
+local dtype = workload.dtype(compute) -- of maps and their gradients
 local directions = { { "forward", "conv_forward" }, { "data", "conv_backward_data" }, { "weight", "conv_backward_weight" } }
 
 -- The network's distinct convolutions in order, with how often each occurs.
@@ -64,7 +66,7 @@ local function run_once(x, w, geometry, dy)
 end
 
 local function time_layer(layer, runs)
-  local x, w, dy = orepa.randn(layer.input), orepa.randn(layer.kernel), orepa.randn(layer.output)
+  local x, w, dy = orepa.randn(layer.input):to(dtype), orepa.randn(layer.kernel), orepa.randn(layer.output):to(dtype)
   local answer = { forward = {}, data = {}, weight = {} }
   for run = 0, runs do -- the first warms up
     evict()
@@ -91,7 +93,7 @@ end
 local function results(x, w, convolve, dy)
   local input, kernel = with_gradient(x), with_gradient(w)
   local y = convolve(input, kernel)
-  dy = dy or orepa.randn(y.shape)
+  dy = dy or orepa.randn(y.shape):to(y.dtype)
   y:backward(dy)
   return { forward = y:detach(), data = input.grad, weight = kernel.grad }, dy
 end

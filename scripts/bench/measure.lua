@@ -28,11 +28,11 @@ function measure.scaled(summary, factor)
     count = summary.count }
 end
 
--- Operations a second of a product of square matrices on all threads, as the engine computes it (by oneDNN).
-function measure.matmul_rate(size)
+-- Operations a second of a product of square matrices of a type on all threads, as the engine computes it (by oneDNN).
+function measure.matmul_rate(size, dtype)
   local _ <close> = orepa.no_grad()
-  local a <close> = orepa.rand(size, size)
-  local b <close> = orepa.rand(size, size)
+  local a <close> = orepa.rand(size, size):to(dtype)
+  local b <close> = orepa.rand(size, size):to(dtype)
   local best = math.huge
   for _ = 1, 3 do -- the first warms up
     local start = orepa.clock()

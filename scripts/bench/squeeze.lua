@@ -18,6 +18,7 @@ workload.add_options(parser)
 parser:option("--steps", "runs of each block in a round", 5):convert(measure.at_least(1))
 local args = parser:parse()
 local compute = workload.precisions[args.precision] -- of convolutions: squeezing is float32 in any case
+local dtype = workload.dtype(compute) -- of maps and their gradients
 
 -- ---- blocks ----
 
@@ -101,7 +102,7 @@ end
 -- Steps of one block; the first of each kind warms up.
 local function run_block(b)
   b.input[1], b.output[1] = args.batch_size, args.batch_size
-  local x, dy = orepa.randn(b.input), orepa.randn(b.output)
+  local x, dy = orepa.randn(b.input):to(dtype), orepa.randn(b.output):to(dtype)
   local w = b.block:squeezed_weight():detach()
   local dw = orepa.randn(w.shape)
   for step = 0, args.steps do

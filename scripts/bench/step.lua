@@ -1,5 +1,6 @@
 -- Times steps of a network: training, evaluation, or the deployed network; how much memory they take, and how the operations
--- a second compare with what the processor can do, measured in the same run.
+-- a second compare with what the processor can do, measured in the same run: float32 FMAs, and a matrix product in the type that
+-- convolutions compute in.
 --
 --     build/orepa scripts/bench/step.lua --model resnet18 --batch-size 16
 --     build/orepa scripts/bench/step.lua --python /path/to/python --peers eager,channels-last,compiled
@@ -102,7 +103,7 @@ local function run(contestants)
   for round = 1, args.rounds do
     run_round(contestants, round)
     rates.fma[round] = orepa.fma_rate(100)
-    rates.matmul[round] = measure.matmul_rate(args.matmul_size)
+    rates.matmul[round] = measure.matmul_rate(args.matmul_size, contestants[1].work.dtype)
     pause(contestants)
   end
   return { fma = measure.median(rates.fma), matmul = measure.median(rates.matmul) }
@@ -121,8 +122,9 @@ local function result_of(contestants, rates)
   local own = contestants[1]
   local step = measure.summary(own.seconds)
   local rate = own.work.operations / step.median
-  local result = { rounds = args.rounds, step_ms = measure.scaled(step, 1e3), images_per_second = args.batch_size / step.median,
-    gflop = own.work.operations / 1e9, gflops = rate / 1e9, fma_gflops = rates.fma / 1e9, matmul_gflops = rates.matmul / 1e9,
+  local result = { rounds = args.rounds, dtype = own.work.dtype, step_ms = measure.scaled(step, 1e3),
+    images_per_second = args.batch_size / step.median, gflop = own.work.operations / 1e9, gflops = rate / 1e9,
+    fma_gflops = rates.fma / 1e9, matmul_gflops = rates.matmul / 1e9,
     share_of_fma = rate / rates.fma, share_of_matmul = rate / rates.matmul, peak_memory_mib = measure.mib(own.peak_memory),
     peak_tensors_mib = measure.mib(own.peak_tensors), collections_per_step = own.collections / #own.seconds,
     collections_share = own.collection_seconds / (step.median * #own.seconds) }

@@ -7,9 +7,14 @@ local F, optim = orepa.F, orepa.optim
 
 local workload = {}
 
--- Each calls a function of a forward pass so that it computes in that precision.
+-- Each calls a function of a forward pass so that it computes in that precision. Where bfloat16 does not pay, autocast says so
+-- and computes in float32.
 workload.precisions = {
   fp32 = function(f, ...) return f(...) end,
+  bf16 = function(f, ...)
+    local _ <close> = orepa.autocast "bfloat16"
+    return f(...)
+  end,
 }
 workload.modes = { "train", "eval", "deploy" }
 
@@ -125,6 +130,12 @@ function workload.operations(layers, mode)
   return mode == "train" and 2 * (3 * macs - (first or 0)) or 2 * macs
 end
 
+-- The type that convolutions give in a precision, on this processor.
+function workload.dtype(compute)
+  local _ <close> = orepa.no_grad()
+  return compute(F.linear, orepa.ones(1, 1), orepa.ones(1, 1)).dtype
+end
+
 -- ---- a network and its steps ----
 
 -- A step is parts, each {name, function}, called in turn; `compute` is one of the precisions.
@@ -155,13 +166,13 @@ local function random_labels(count, classes)
   return orepa.tensor(list):to "int64"
 end
 
--- A network and a batch by the options of add_options and `mode`, ready to step: {net=, parts=, layers=, operations=}.
+-- A network and a batch by the options of add_options and `mode`, ready to step: {net=, parts=, layers=, operations=, dtype=}.
 function workload.create(o)
   local mode, compute = o.mode or "train", workload.precisions[o.precision]
   orepa.manual_seed(1)
   orepa.set_threads(o.threads)
   local net = workload.network(o)
-  local self = { net = net, layers = workload.layers(net, o.batch_size, o.size) }
+  local self = { net = net, layers = workload.layers(net, o.batch_size, o.size), dtype = workload.dtype(compute) }
   self.operations = workload.operations(self.layers, mode)
   local x = orepa.randn(o.batch_size, 3, o.size, o.size)
   if mode == "train" then

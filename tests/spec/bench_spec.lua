@@ -19,24 +19,25 @@ end)
 
 local tiny = { "--width", "0.1", "--size", "32", "--classes", "10", "--rounds", "1", "--steps", "1", "--threads", "1" }
 
-local function run(script, options, sizes)
+-- `sizes` and environment variables may stand in for the usual ones.
+local function run(script, options, sizes, environment)
   local arguments = { bench .. script }
   table.move(sizes or tiny, 1, #(sizes or tiny), 2, arguments)
   if script == "step.lua" then table.move({ "--matmul-size", "256" }, 1, 2, #arguments + 1, arguments) end
   table.move(options, 1, #options, #arguments + 1, arguments)
-  return process.run(arguments, folder)
+  return process.run(arguments, folder, environment)
 end
 
-local function text_of(script, options)
-  local text, code = run(script, options)
+local function text_of(script, options, environment)
+  local text, code = run(script, options, nil, environment)
   assert(code == 0, text)
   return text
 end
 
-local function json_of(script, options)
+local function json_of(script, options, environment)
   options[#options + 1] = "--json"
   local lines = {}
-  for line in text_of(script, options):gmatch "[^\n]+" do lines[#lines + 1] = cjson.decode(line) end
+  for line in text_of(script, options, environment):gmatch "[^\n]+" do lines[#lines + 1] = cjson.decode(line) end
   for _, line in ipairs(lines) do
     assert.equal(script:gsub("%.lua$", ""), line.benchmark)
     assert.equal(1, line.options.rounds)
@@ -169,7 +170,7 @@ describe("step.lua", function()
   end)
 
   it("refuses what there is not", function()
-    refuses("argument for option '--precision' must be one of 'fp32'", "step.lua", { "--precision", "bf16" })
+    refuses("argument for option '--precision' must be one of 'bf16', 'fp32'", "step.lua", { "--precision", "fp16" })
     refuses("'--mode' must be one of", "step.lua", { "--mode", "dream" })
     refuses("'0' is not an integer of at least 1", "step.lua", { "--batch-size", "0" })
     refuses("no network is called 'resnet17'", "step.lua", { "--model", "resnet17" })
@@ -265,5 +266,48 @@ describe("scaling.lua", function()
     assert(code == 0, text)
     assert.matches("\nresnet18 +orepa +0.1 +32 +2 +1 +[%d.]+ ", text)
     refuses("'1.5' is not an integer", "scaling.lua", { "--batch-size", "1.5" })
+  end)
+end)
+
+-- Wherever the processor would rather not, bfloat16 is forced.
+describe("--precision bf16", function()
+  local forced = { OREPA_BFLOAT16 = "1" }
+
+  it("is that of step.lua and breakdown.lua", function()
+    for _, mode in ipairs { "train", "deploy" } do
+      local r = json_of("step.lua", { "--precision", "bf16", "--mode", mode, "--batch-size", "2" }, forced)
+      assert.equal("bfloat16", r.dtype)
+      assert(is_summary(r.step_ms) and r.matmul_gflops > 0)
+    end
+    assert.equal("float32", json_of("step.lua", { "--batch-size", "2" }, forced).dtype)
+    local found = {}
+    for _, row in ipairs(json_of("breakdown.lua", { "--precision", "bf16", "--batch-size", "2" }, forced).rows) do
+      found[row.name] = row
+    end
+    assert.equal(13, found["conv_backward_weight 3x3"].calls)
+    assert(found["copy (copy)"].ms.forward > 0)
+  end)
+
+  it("is refused by processors in one line", function()
+    local text = text_of("step.lua", { "--precision", "bf16", "--batch-size", "2", "--peers", "none:ours" },
+      { OREPA_BFLOAT16 = "0" })
+    assert.matches("train, bf16: 1 rounds of 1 steps", text)
+    assert.equal(2, select(2, text:gsub("orepa: autocast computes in float32", ""))) -- for each process
+  end)
+
+  it("is that of conv.lua, which shows what rounding costs", function()
+    local r = json_of("conv.lua", { "--precision", "bf16", "--batch-size", "2", "--evict", "0", "--error-macs", "1" }, forced)
+    for _, row in ipairs(r.rows) do
+      assert(is_summary(row.ms) and row.gflops > 0)
+      assert(row.error > 1e-4 and row.error < 2e-2, row.convolution .. " " .. row.error)
+    end
+  end)
+
+  it("is that of squeeze.lua and scaling.lua", function()
+    local r = json_of("squeeze.lua", { "--precision", "bf16", "--batch-size", "2" }, forced)
+    assert.equal("bf16", r.options.precision)
+    for _, row in ipairs(r.rows) do assert(is_summary(row.squeeze_forward.ms) and is_summary(row.conv_backward.ms)) end
+    local text = text_of("scaling.lua", { "--precision", "bf16", "--batch-size", "2,3" }, forced)
+    assert.matches("\nresnet18 +orepa +0.1 +32 +2 +1 +[%d.]+ ", text)
   end)
 end)
