@@ -2,6 +2,7 @@
 -- made in child processes (wrong_arguments.lua), so that a crash is a failure that names the call.
 
 local orepa = require "orepa"
+local fails = require "tests.spec.fails"
 local process = require "tests.spec.process"
 
 local PARTS = 4
@@ -24,12 +25,6 @@ end)
 describe("numbers that are too large", function()
   local nn, F, L, tree = orepa.nn, orepa.F, orepa.reparam, orepa.tree
   local HUGE = math.maxinteger
-
-  local function fails(pattern, f, ...)
-    local ok, message = pcall(f, ...)
-    assert.is_false(ok)
-    assert.matches(pattern, message)
-  end
 
   it("in a nested table that names one list many times", function()
     local list = {}

@@ -3,14 +3,9 @@
 -- itself once more, in a process that forces it.
 
 local orepa = require "orepa"
+local fails = require "tests.spec.fails"
 local process = require "tests.spec.process"
 local nn, F = orepa.nn, orepa.F
-
-local function fails(pattern, f, ...)
-  local ok, message = pcall(f, ...)
-  assert(not ok, "no error")
-  assert.matches(pattern, message)
-end
 
 if os.getenv "OREPA_BFLOAT16" ~= "1" then
   describe("autocast", function()

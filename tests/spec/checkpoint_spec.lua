@@ -1,14 +1,9 @@
 -- Checkpoints: the same gradients to the bit, less memory, and nothing left behind by an error.
 
 local orepa = require "orepa"
+local fails = require "tests.spec.fails"
 local process = require "tests.spec.process"
 local nn, F = orepa.nn, orepa.F
-
-local function fails(pattern, f, ...)
-  local ok, message = pcall(f, ...)
-  assert.is_false(ok)
-  assert.matches(pattern, message)
-end
 
 local function same_bits(a, b, what)
   assert.same(a.shape, b.shape)

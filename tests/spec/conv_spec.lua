@@ -2,13 +2,8 @@
 
 local orepa = require "orepa"
 local models = require "orepa.models"
+local fails = require "tests.spec.fails"
 local F = orepa.F
-
-local function fails(message, f, ...)
-  local ok, found = pcall(f, ...)
-  assert.is_false(ok)
-  assert.is_truthy(tostring(found):find(message, 1, true), tostring(found))
-end
 
 local function difference(a, b)
   return (a - b):abs():max():item() / b:abs():max():item()

@@ -1,14 +1,9 @@
 -- Data: idx files, datasets, and loaders, whose epochs depend on their seed alone.
 
 local orepa = require "orepa"
+local fails = require "tests.spec.fails"
 local process = require "tests.spec.process"
 local data = orepa.data
-
-local function fails(pattern, f, ...)
-  local ok, message = pcall(f, ...)
-  assert(not ok, "no error")
-  assert.matches(pattern, message)
-end
 
 local function int64(values) return orepa.tensor(values, { dtype = "int64" }) end
 

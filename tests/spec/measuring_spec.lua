@@ -1,12 +1,7 @@
 -- What the engine says of its own time: rates, timings of the device's entries, collections.
 
 local orepa = require "orepa"
-
-local function fails(pattern, f, ...)
-  local ok, message = pcall(f, ...)
-  assert.is_false(ok)
-  assert.matches(pattern, message)
-end
+local fails = require "tests.spec.fails"
 
 describe("fma_rate", function()
   it("is a rate", function()

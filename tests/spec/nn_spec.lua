@@ -1,19 +1,8 @@
 -- Modules: how fields become parameters, buffers and children, under which names; containers; states; hooks; printing; layers.
 
 local orepa = require "orepa"
+local fails = require "tests.spec.fails"
 local nn, F = orepa.nn, orepa.F
-
-local function fails(pattern, f, ...)
-  local ok, message = pcall(f, ...)
-  assert(not ok, "no error")
-  assert.matches(pattern, message)
-end
-
-local function fails_plainly(text, f, ...)
-  local ok, message = pcall(f, ...)
-  assert(not ok, "no error")
-  assert(message:find(text, 1, true), message)
-end
 
 local function names_of(iterator)
   local names = {}
@@ -342,7 +331,7 @@ describe("options", function()
           assert(message:find(name, 1, true) and not message:find("attempt to", 1, true), message)
         end
       end
-      for _, wrong in ipairs { "x", true, print } do fails_plainly("a table of options expected", nn[class], wrong) end
+      for _, wrong in ipairs { "x", true, print } do fails("a table of options expected", nn[class], wrong) end
       fails(class .. ": ", nn[class])
     end
   end)

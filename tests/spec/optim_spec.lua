@@ -1,13 +1,8 @@
 -- Optimizers: SGD against plain Lua arithmetic, groups, the schedule, gradient norms, errors.
 
 local orepa = require "orepa"
+local fails = require "tests.spec.fails"
 local nn, optim = orepa.nn, orepa.optim
-
-local function fails(pattern, f, ...)
-  local ok, message = pcall(f, ...)
-  assert(not ok, "no error")
-  assert.matches(pattern, message)
-end
 
 -- The gradient of sum(p * p * (k + 1) + p) for element k = 0, 1, ...
 local function gradient(p, k) return 2 * p * (k + 1) + 1 end

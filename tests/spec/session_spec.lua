@@ -1,12 +1,7 @@
 -- What outlives a call: whether gradients are recorded, lives of handles, memory and its limit, threads.
 
 local orepa = require "orepa"
-
-local function fails(pattern, f, ...)
-  local ok, message = pcall(f, ...)
-  assert(not ok, "no error")
-  assert.matches(pattern, message)
-end
+local fails = require "tests.spec.fails"
 
 describe("no_grad", function()
   local x = orepa.ones(2):requires_grad_()

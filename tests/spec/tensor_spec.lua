@@ -1,13 +1,7 @@
 -- Tensors as a script sees them: making, reading, shapes, types, arithmetic, views, errors and where they point.
 
 local orepa = require "orepa"
-
-local function fails(pattern, f, ...)
-  local ok, message = pcall(f, ...)
-  assert(not ok, "no error")
-  assert.matches(pattern, message)
-  return message
-end
+local fails = require "tests.spec.fails"
 
 local function ints(values) return orepa.tensor(values, { dtype = "int64" }) end
 local DTYPES = { "float32", "bfloat16", "float16", "float64", "int64", "int32", "uint8", "bool" }

@@ -1,13 +1,8 @@
 -- The training loop: that it learns, what it prints, exact evaluation, where it stops, and modes.
 
 local orepa = require "orepa"
+local fails = require "tests.spec.fails"
 local nn, F, optim, data, train = orepa.nn, orepa.F, orepa.optim, orepa.data, orepa.train
-
-local function fails(pattern, f, ...)
-  local ok, message = pcall(f, ...)
-  assert(not ok, "no error")
-  assert.matches(pattern, message)
-end
 
 -- What was written, instead of standard output.
 local function new_log()
