@@ -418,8 +418,7 @@ end)
 describe("a checkpoint's memory", function()
   -- Peaks of the second of two steps, in MiB, in a process of its own: how often Lua collects hangs on its heap.
   local function peak(how)
-    local folder = process.folder()
-    process.write(folder .. "/run.lua", [[
+    local output = process.run_text([[
 local orepa = require "orepa"
 local nn = orepa.nn
 local wrap = ... == "checkpoint" and nn.checkpoint or function(m) return m end
@@ -438,10 +437,7 @@ for _ = 1, 2 do
   net(x):sum():backward()
 end
 print((orepa.memory().peak - before) / (1 << 20))
-]])
-    local output, code = process.run { folder .. "/run.lua", how }
-    process.remove(folder)
-    assert.equal(0, code, output)
+]], { how })
     return assert(tonumber(output), output)
   end
 

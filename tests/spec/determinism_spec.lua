@@ -44,16 +44,11 @@ local function run(seed, threads, residual)
 end
 
 local function run_elsewhere(seed, threads, residual)
-  local folder = process.folder()
-  process.write(folder .. "/run.lua", run_text)
-  process.write(folder .. "/main.lua", ([[
-    print(table.concat(assert(loadfile(%q))(%d, %d, %d, %q), "\n"))]]):format(folder .. "/run.lua", seed, STEPS, threads,
-    residual))
-  local text, code = process.run { folder .. "/main.lua" }
-  process.remove(folder)
-  assert.equal(0, code, text)
+  local text = ([[
+    local function run(...) %s end
+    print(table.concat(run(%d, %d, %d, %q), "\n"))]]):format(run_text, seed, STEPS, threads, residual)
   local lines = {}
-  for line in text:gmatch "[^\n]+" do lines[#lines + 1] = line end
+  for line in process.run_text(text):gmatch "[^\n]+" do lines[#lines + 1] = line end
   return lines
 end
 
@@ -257,13 +252,8 @@ living()
 
 describe("memory", function()
   it("is flat after a warm-up over 300 training steps and 300 evaluations without explicit collection", function()
-    local folder = process.folder()
-    process.write(folder .. "/memory.lua", memory_text)
-    local text, code = process.run { folder .. "/memory.lua" }
-    process.remove(folder)
-    assert.equal(0, code, text)
     local lists = {}
-    for what, numbers in text:gmatch "(%a+) ([%d ]+)\n" do
+    for what, numbers in process.run_text(memory_text):gmatch "(%a+) ([%d ]+)\n" do
       lists[what] = lists[what] or {}
       table.insert(lists[what], numbers)
     end

@@ -2,15 +2,10 @@
 
 local process = require "tests.spec.process"
 
--- Runs a text in a process of its own, where nothing else is alive; gives the numbers that it printed.
+-- The numbers that a text printed in a process of its own.
 local function numbers_of(text)
-  local folder = process.folder()
-  process.write(folder .. "/run.lua", text)
-  local output, code = process.run { folder .. "/run.lua" }
-  process.remove(folder)
-  assert.equal(0, code, output)
   local list = {}
-  for number in output:gmatch "%S+" do list[#list + 1] = assert(tonumber(number), output) end
+  for number in process.run_text(text):gmatch "%S+" do list[#list + 1] = assert(tonumber(number), number) end
   return list
 end
 

@@ -5,13 +5,10 @@ local process = require "tests.spec.process"
 -- Runs a text in the program, deferring or not; the text saves a table of tensors at the path that it is given. Gives the
 -- file, in which every bit counts.
 local function run(text, defer, ...)
-  local folder = process.folder()
-  process.write(folder .. "/run.lua", text)
-  local output, code = process.run({ folder .. "/run.lua", folder .. "/out.safetensors", ... }, nil,
-    { OREPA_DEFER = defer, OREPA_BFLOAT16 = "1" })
-  assert.equal(0, code, output)
-  local bytes = process.read(folder .. "/out.safetensors")
-  process.remove(folder)
+  local path = os.tmpname()
+  process.run_text(text, { path, ... }, { OREPA_DEFER = defer, OREPA_BFLOAT16 = "1" })
+  local bytes = process.read(path)
+  os.remove(path)
   return bytes
 end
 
