@@ -200,10 +200,7 @@ static const bind_row methods[] = {
 
 void bind_autograd_family(lua_State *L) {
   bind_register(L, "orepa.", functions);
-  luaL_newmetatable(L, BIND_GUARD);
-  lua_pushcfunction(L, close_guard);
-  lua_setfield(L, -2, "__close");
-  lua_pop(L, 1);
+  bind_end_with(L, BIND_GUARD, "__close", close_guard);
   bind_push_methods(L);
   bind_register(L, "t:", methods);
   lua_pop(L, 1);

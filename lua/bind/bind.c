@@ -25,6 +25,13 @@ void bind_register(lua_State *L, const char *prefix, const bind_row *rows) {
   }
 }
 
+void bind_end_with(lua_State *L, const char *type, const char *method, lua_CFunction function) {
+  luaL_newmetatable(L, type);
+  lua_pushcfunction(L, function);
+  lua_setfield(L, -2, method);
+  lua_pop(L, 1);
+}
+
 /* ---- errors ---- */
 
 /* Pushes "file:line: " of the innermost Lua function outside the library, else of the innermost one. */

@@ -20,6 +20,8 @@ typedef struct {
 /* Adds the rows to the table on top of the stack, and their documentation under `prefix` ("F." and the like). */
 void bind_register(lua_State *L, const char *prefix, const bind_row *rows);
 void bind_document(lua_State *L, const char *name, const char *documentation);
+/* Makes the metatable of a userdata that Lua code only holds: `method` ("__gc" or "__close") is called at its end. */
+void bind_end_with(lua_State *L, const char *type, const char *method, lua_CFunction function);
 
 /* ---- errors: raised at the user's line, which is the innermost one outside the library */
 int bind_error(lua_State *L, const char *format, ...);

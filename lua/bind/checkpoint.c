@@ -181,8 +181,5 @@ static const bind_row functions[] = {
 
 void bind_checkpoint_family(lua_State *L) {
   bind_register(L, "orepa.", functions);
-  luaL_newmetatable(L, BIND_CHECKPOINT);
-  lua_pushcfunction(L, close_checkpoint);
-  lua_setfield(L, -2, "__gc");
-  lua_pop(L, 1);
+  bind_end_with(L, BIND_CHECKPOINT, "__gc", close_checkpoint);
 }

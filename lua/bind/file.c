@@ -125,9 +125,6 @@ static const bind_row rows[] = {
 };
 
 void bind_file_family(lua_State *L) {
-  luaL_newmetatable(L, BIND_ARCHIVE);
-  lua_pushcfunction(L, free_archive);
-  lua_setfield(L, -2, "__gc");
-  lua_pop(L, 1);
+  bind_end_with(L, BIND_ARCHIVE, "__gc", free_archive);
   bind_register(L, "orepa.", rows);
 }

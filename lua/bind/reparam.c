@@ -195,10 +195,7 @@ static const bind_row rows[] = {
 };
 
 void bind_reparam_family(lua_State *L) {
-  luaL_newmetatable(L, BIND_TREE);
-  lua_pushcfunction(L, l_tree_gc);
-  lua_setfield(L, -2, "__gc");
-  lua_pop(L, 1);
+  bind_end_with(L, BIND_TREE, "__gc", l_tree_gc);
   lua_newtable(L);
   bind_register(L, "tree.", rows);
   lua_setfield(L, -2, "tree");
