@@ -66,6 +66,12 @@ device_status conv_by_positions(conv_direction direction, const conv_operands *o
 size_t conv_lowered_scratch(const conv_geometry *g);
 device_status conv_lowered(conv_direction direction, const conv_operands *operands, void *scratch);
 
+/* The rows of that matrix for lines first ... last-1, where line n * result[0] + p is one line of outputs: the patch
+ * under the kernel at each output, (kh, kw, i), of the group at whose first channel x points. Elements have `element`
+ * bytes; rows begin `step` elements apart. */
+void conv_gather(const conv_geometry *g, size_t element, const void *x, int64_t first, int64_t last, int64_t step,
+                 void *matrix);
+
 /* ---- by gathering: the weight gradient of bfloat16 maps as one product of all patches, float32 or bfloat16. */
 bool conv_gathered_suits(conv_direction direction, const conv_geometry *g);
 device_status conv_gathered_scratch(const conv_geometry *g, size_t *bytes);

@@ -2,15 +2,10 @@
  * the rows of a matrix, and its turned product with the result's gradient is the kernel's gradient as it lies in
  * memory. oneDNN's own weight gradient reaches half of a product's speed where the kernel is large beside the map, and
  * what it gives has to be unpacked. */
-#include <string.h>
-
 #include "cpu/conv.h"
 #include "cpu/onednn.h"
 
-enum {
-  MOST_BYTES = 1 << 24,    /* of a matrix of patches: larger ones leave the caches for too long */
-  PARALLEL_FROM = 1 << 16, /* bytes */
-};
+enum { MOST_BYTES = 1 << 24 }; /* of a matrix of patches: larger ones leave the caches for too long */
 
 static int64_t rows_of(const conv_geometry *g) {
   return g->batch * pixels(g->result);
@@ -49,37 +44,8 @@ device_status conv_gathered_scratch(const conv_geometry *g, size_t *bytes) {
   return status;
 }
 
-/* The patch at output (p, q), by kernel rows; zeros where it hangs over the edge. */
-static void gather_patch(const conv_geometry *g, conv_window down, conv_window across, const uint16_t *image,
-                         uint16_t *row) {
-  int64_t line = g->kernel[1] * g->in, taps = across.last - across.first;
-  memset(row, 0, (size_t)(down.first * line) * sizeof *row);
-  memset(row + down.last * line, 0, (size_t)((g->kernel[0] - down.last) * line) * sizeof *row);
-  for (int64_t kh = down.first; kh < down.last; kh++) {
-    const uint16_t *from = image + ((down.at + (kh - down.first) * g->dilation[0]) * g->size[1] + across.at) * g->in;
-    uint16_t *to = row + kh * line;
-    memset(to, 0, (size_t)(across.first * g->in) * sizeof *to);
-    memset(to + across.last * g->in, 0, (size_t)((g->kernel[1] - across.last) * g->in) * sizeof *to);
-    to += across.first * g->in;
-    int64_t runs = g->dilation[1] == 1 ? taps > 0 : taps, length = g->dilation[1] == 1 ? taps * g->in : g->in;
-    for (int64_t r = 0; r < runs; r++, from += g->dilation[1] * g->in, to += g->in)
-      memcpy(to, from, (size_t)length * sizeof *to);
-  }
-}
-
-static void gather(const conv_geometry *g, const uint16_t *x, uint16_t *patches) {
-  int64_t lines = g->batch * g->result[0], width = g->result[1], depth = depth_of(g);
-#pragma omp parallel for schedule(static) if (lines * width * depth >= PARALLEL_FROM)
-  for (int64_t line = 0; line < lines; line++) {
-    conv_window down = conv_window_at(g, 0, line % g->result[0]);
-    const uint16_t *image = x + line / g->result[0] * pixels(g->size) * g->in;
-    for (int64_t q = 0; q < width; q++)
-      gather_patch(g, down, conv_window_at(g, 1, q), image, patches + (line * width + q) * depth);
-  }
-}
-
 device_status conv_gathered(const conv_geometry *g, const void *x, void *dw, void *dy, void *scratch) {
   onednn_matmul_shape shape = product_of(g);
-  gather(g, x, scratch);
+  conv_gather(g, sizeof(uint16_t), x, 0, g->batch * g->result[0], depth_of(g), scratch);
   return onednn_matmul(&shape, dy, scratch, NULL, dw, (char *)scratch + patches_bytes(g));
 }

@@ -233,39 +233,38 @@ size_t conv_lowered_scratch(const conv_geometry *g) {
   return l.direct ? 0 : (size_t)(l.chunk * g->result[1] * l.step) * sizeof(float);
 }
 
-/* One row: the patch of `group` under the kernel at (p, q), zeros where it hangs over. */
-static void gather_patch(const conv_geometry *g, conv_window down, conv_window across, const float *image, float *row) {
-  int64_t line = g->kernel[1] * g->in, pixel = g->groups * g->in;
-  size_t before = (size_t)(across.first * g->in), after = (size_t)((g->kernel[1] - across.last) * g->in);
+/* The patch under the kernel at one output, by kernel rows; zeros where it hangs over the edge. `element` is in bytes.
+ */
+static void gather_patch(const conv_geometry *g, int64_t element, conv_window down, conv_window across,
+                         const char *image, char *row) {
+  int64_t piece = g->in * element, line = g->kernel[1] * piece, pixel = g->groups * piece;
   bool together = g->groups == 1 && g->dilation[1] == 1;
-  memset(row, 0, (size_t)(down.first * line) * sizeof *row);
+  int64_t taps = across.last - across.first, runs = together ? taps > 0 : taps,
+          length = together ? taps * piece : piece;
+  memset(row, 0, (size_t)(down.first * line));
+  memset(row + down.last * line, 0, (size_t)((g->kernel[0] - down.last) * line));
   for (int64_t kh = down.first; kh < down.last; kh++) {
-    const float *from = image + ((down.at + (kh - down.first) * g->dilation[0]) * g->size[1] + across.at) * pixel;
-    float *to = row + kh * line;
-    memset(to, 0, before * sizeof *to);
-    to += before;
-    if (together) {
-      memcpy(to, from, (size_t)((across.last - across.first) * g->in) * sizeof *to);
-      to += (across.last - across.first) * g->in;
-    } else {
-      for (int64_t kw = across.first; kw < across.last; kw++, from += g->dilation[1] * pixel, to += g->in)
-        memcpy(to, from, (size_t)g->in * sizeof *to);
-    }
-    memset(to, 0, after * sizeof *to);
+    const char *from = image + ((down.at + (kh - down.first) * g->dilation[0]) * g->size[1] + across.at) * pixel;
+    char *to = row + kh * line;
+    memset(to, 0, (size_t)(across.first * piece));
+    memset(to + across.last * piece, 0, (size_t)((g->kernel[1] - across.last) * piece));
+    to += across.first * piece;
+    for (int64_t r = 0; r < runs; r++, from += g->dilation[1] * pixel, to += piece)
+      memcpy(to, from, (size_t)length);
   }
-  memset(row + down.last * line, 0, (size_t)((g->kernel[0] - down.last) * line) * sizeof *row);
 }
 
-/* Lines first ... last-1 of one group. */
-static void gather(const conv_geometry *g, const lowering *l, const float *x, int64_t first, int64_t last,
-                   float *matrix) {
-  int64_t width = g->result[1];
-#pragma omp parallel for schedule(static) if ((last - first) * width * l->depth >= PARALLEL_FROM)
+void conv_gather(const conv_geometry *g, size_t element, const void *x, int64_t first, int64_t last, int64_t step,
+                 void *matrix) {
+  int64_t width = g->result[1], depth = pixels(g->kernel) * g->in, bytes = (int64_t)element;
+  int64_t image = pixels(g->size) * g->groups * g->in * bytes;
+#pragma omp parallel for schedule(static) if ((last - first) * width * depth >= PARALLEL_FROM)
   for (int64_t line = first; line < last; line++) {
     conv_window down = conv_window_at(g, 0, line % g->result[0]);
-    const float *image = x + line / g->result[0] * pixels(g->size) * g->groups * g->in;
+    char *rows = (char *)matrix + (line - first) * width * step * bytes;
     for (int64_t q = 0; q < width; q++)
-      gather_patch(g, down, conv_window_at(g, 1, q), image, matrix + ((line - first) * width + q) * l->step);
+      gather_patch(g, bytes, down, conv_window_at(g, 1, q), (const char *)x + line / g->result[0] * image,
+                   rows + q * step * bytes);
   }
 }
 
@@ -314,7 +313,7 @@ static device_status lowered_lines(conv_direction direction, const conv_operands
   if (l->direct)
     matrix = x;
   else if (direction != CONV_BACKWARD_DATA)
-    gather(g, l, x, first, last, matrix);
+    conv_gather(g, sizeof *x, x, first, last, l->step, matrix);
   if (direction == CONV_FORWARD)
     return cpu_product(false, true, rows, g->out, l->depth, matrix, l->step, w, l->depth, c->bias ? 1 : 0, y, channels);
   if (direction == CONV_BACKWARD_WEIGHT)
