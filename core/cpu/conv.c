@@ -1,15 +1,16 @@
 /* conv.c: convolution in its three directions: sizes taken from the arrays, the fastest way chosen for them, and around
  * it what a way leaves to do (an input normalised first, a residual and a ReLU afterwards, a dense bias, empty arrays).
  *
- * The ways, for float32: by positions on small maps; Winograd's for 3x3; oneDNN's kernels; by lowering. The choice was
- * measured; `preferred` says when which is the fastest. For bfloat16: oneDNN's kernels; for some weight gradients by
- * gathering or by folding; float32 where there is none of them.
+ * The ways, for float32: by positions on small maps; Winograd's for 3x3; oneDNN's kernels; by lowering; by panels of a
+ * kernel that is kept. The choice was measured; `preferred` says when which is the fastest. For bfloat16: oneDNN's
+ * kernels; for some weight gradients by gathering or by folding; float32 where there is none of them.
  * OREPA_CONV=winograd|direct forces Winograd's way wherever it exists, or never. */
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "cpu/conv.h"
+#include "cpu/conv_panels.h"
 #include "cpu/features.h"
 #include "cpu/onednn.h"
 #include "cpu/scratch.h"
@@ -64,7 +65,7 @@ static bool is_gradient_of(const device_array *d, const device_array *x) {
 
 /* ---- which way ---- */
 
-typedef enum { BY_POSITIONS, BY_LOWERING, BY_ONEDNN, BY_WINOGRAD, BY_GATHERING, BY_FOLDING } conv_way;
+typedef enum { BY_POSITIONS, BY_LOWERING, BY_ONEDNN, BY_WINOGRAD, BY_PANELS, BY_GATHERING, BY_FOLDING } conv_way;
 
 static struct {
   pthread_once_t once;
@@ -98,6 +99,8 @@ static conv_way preferred(conv_direction direction, const conv_geometry *g, conv
     return conv_gathered_suits(direction, g) ? BY_GATHERING : conv_folded_suits(direction, g) ? BY_FOLDING : BY_ONEDNN;
   if (by_winograd(direction, g, wish))
     return BY_WINOGRAD;
+  if (conv_panels_suit(direction, g, wish.kept))
+    return BY_PANELS;
   if (conv_positions_suit(direction, g))
     return BY_POSITIONS;
   bool strided = g->stride[0] > 1 || g->stride[1] > 1;
@@ -114,7 +117,7 @@ typedef struct {
   int64_t mark;
 } conv_choice;
 
-enum { WINOGRAD_MARK = 0 }; /* oneDNN's are greater */
+enum { WINOGRAD_MARK = 0, PANELS_MARK = -1 }; /* oneDNN's are greater */
 
 /* By oneDNN, which may have a kernel for the bias alone. */
 static device_status choose_onednn(conv_direction direction, const conv_geometry *g, int follows, conv_choice *choice) {
@@ -152,6 +155,8 @@ static device_status choose(conv_direction direction, const conv_geometry *g, in
   }
   if (way == BY_WINOGRAD)
     *choice = (conv_choice){way, follows, winograd_scratch(direction, g), winograd_packed(g), WINOGRAD_MARK};
+  else if (way == BY_PANELS)
+    *choice = (conv_choice){way, follows, conv_panels_scratch(g), conv_panels_packed(g), PANELS_MARK};
   else
     choice->bytes = way == BY_POSITIONS ? conv_positions_scratch(direction, g) : conv_lowered_scratch(g);
   return DEVICE_DONE;
@@ -263,6 +268,9 @@ static device_status compute_in_type(conv_work *c) {
   if (way == BY_WINOGRAD) {
     winograd_operands operands = {&c->g, x, c->w, c->y, c->scale, c->shift, c->relu, after, c->moments, c->packed};
     winograd_conv(c->direction, &operands, own);
+    status = DEVICE_DONE;
+  } else if (way == BY_PANELS) {
+    conv_panels(&c->g, x, c->w, c->y, &after, c->packed, own);
     status = DEVICE_DONE;
   } else if (way == BY_ONEDNN) {
     status = onednn_conv(c->direction, &c->g, x, c->w, c->y, &after, c->packed, own);

@@ -268,6 +268,18 @@ static void followed_convolutions(void **unused) {
     geometry g = random_geometry(&state);
     check_followed(&g, k % 3 ? OREPA_FLOAT32 : OREPA_BFLOAT16, (uint64_t)k, k % 8);
   }
+  static const geometry few_pixels[] = {
+      {1, 40, 7, 7, 96, {3, 3}, {{1, 1}, {1, 1}, {1, 1}, 1}, true},
+      {1, 64, 14, 13, 48, {3, 3}, {{2, 2}, {1, 1}, {1, 1}, 1}, true},
+      {2, 96, 5, 9, 64, {1, 1}, {{1, 1}, {0, 0}, {1, 1}, 1}, true},
+      {1, 128, 9, 9, 16, {1, 1}, {{2, 2}, {0, 0}, {1, 1}, 1}, true},
+      {1, 7, 11, 12, 80, {5, 3}, {{1, 2}, {3, 0}, {2, 1}, 1}, true},
+      {3, 16, 5, 5, 32, {2, 2}, {{2, 1}, {0, 1}, {1, 3}, 1}, true},
+      {1, 70, 3, 8, 24, {3, 2}, {{2, 3}, {1, 2}, {1, 1}, 1}, true},
+  };
+  for (size_t k = 0; k < sizeof few_pixels / sizeof *few_pixels; k++)
+    for (int follows = 0; follows < 8; follows++)
+      check_followed(&few_pixels[k], OREPA_FLOAT32, k, follows);
   for (size_t k = 0; k < sizeof network / sizeof *network; k++)
     for (int follows = 0; follows < 8; follows++)
       check_followed(&network[k], follows % 3 == 1 ? OREPA_BFLOAT16 : OREPA_FLOAT32, k, follows);

@@ -102,6 +102,11 @@ static ALWAYS_INLINE float_lanes rounded_lanes(float_lanes value, bool half) {
   return load_lanes(&stored, 0, true);
 }
 
+/* As `value < 0 ? 0 : value`: NaN stays, and -0. */
+static ALWAYS_INLINE float_lanes relu_lanes(float_lanes value) {
+  return (float_lanes)((int_lanes)value & ~(int_lanes)(value < (float_lanes){0}));
+}
+
 /* a * x + b rounded once. */
 static ALWAYS_INLINE float_lanes multiply_add_lanes(float_lanes a, float_lanes x, float_lanes b) {
 #if defined(__AVX512F__)
