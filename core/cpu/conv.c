@@ -1,20 +1,11 @@
 /* conv.c: convolution in its three directions: sizes taken from the arrays, the fastest way chosen for them, and around
- * it what a way leaves to do (an input normalised first, a residual and a ReLU afterwards, a dense bias, empty arrays).
- *
- * The ways, for float32: by positions on small maps; Winograd's for 3x3; oneDNN's kernels; by lowering; by panels of a
- * kernel that is kept. The choice was measured; `preferred` says when which is the fastest. For bfloat16: oneDNN's
- * kernels; for some weight gradients by gathering or by folding; float32 where there is none of them.
- * OREPA_CONV=winograd|direct forces Winograd's way wherever it exists, or never. */
-#include <pthread.h>
-#include <stdlib.h>
+ * it what a way leaves to do (an input normalised first, a residual and a ReLU afterwards, a dense bias, bfloat16 in
+ * float32 where there is no other way, empty arrays). conv_ways.c has the ways. */
 #include <string.h>
 
-#include "cpu/conv.h"
-#include "cpu/conv_panels.h"
-#include "cpu/features.h"
+#include "cpu/conv_ways.h"
 #include "cpu/onednn.h"
 #include "cpu/scratch.h"
-#include "cpu/winograd.h"
 #include "elementwise.h"
 
 #define DECLARE(entry) __typeof__(*((orepa_device *)0)->entry) cpu_##entry
@@ -61,105 +52,6 @@ static bool supported(const device_array *x, const device_array *w, const device
 
 static bool is_gradient_of(const device_array *d, const device_array *x) {
   return !d || d->dtype == x->dtype || d->dtype == OREPA_FLOAT32;
-}
-
-/* ---- which way ---- */
-
-typedef enum { BY_POSITIONS, BY_LOWERING, BY_ONEDNN, BY_WINOGRAD, BY_PANELS, BY_GATHERING, BY_FOLDING } conv_way;
-
-static struct {
-  pthread_once_t once;
-  bool winograd, direct;
-} forced = {.once = PTHREAD_ONCE_INIT};
-
-static void read_forced(void) {
-  const char *way = getenv("OREPA_CONV");
-  forced.winograd = way && !strcmp(way, "winograd");
-  forced.direct = way && !strcmp(way, "direct");
-}
-
-/* What is chosen for beside the geometry. */
-typedef struct {
-  bool accurate;
-  bool kept; /* the kernel as the way wants it */
-} conv_wish;
-
-static bool by_winograd(conv_direction direction, const conv_geometry *g, conv_wish wish) {
-  pthread_once(&forced.once, read_forced);
-  return winograd_can(g) && !wish.accurate && !forced.direct &&
-         (forced.winograd || winograd_suits(direction, g, wish.kept));
-}
-
-enum { LEAST_RUN = 128 /* numbers side by side in a patch, from which gathering patches is cheap */ };
-
-/* oneDNN's kernels for AVX-512 are as fast as a product. Those for AVX2 lose to it where they step over pixels and in
- * the weight gradient, unless the patches are crumbs (first layers, depthwise). */
-static conv_way preferred(conv_direction direction, const conv_geometry *g, conv_wish wish) {
-  if (g->dtype != OREPA_FLOAT32)
-    return conv_gathered_suits(direction, g) ? BY_GATHERING : conv_folded_suits(direction, g) ? BY_FOLDING : BY_ONEDNN;
-  if (by_winograd(direction, g, wish))
-    return BY_WINOGRAD;
-  if (conv_panels_suit(direction, g, wish.kept))
-    return BY_PANELS;
-  if (conv_positions_suit(direction, g))
-    return BY_POSITIONS;
-  bool strided = g->stride[0] > 1 || g->stride[1] > 1;
-  bool lowers = cpu_isa_used() != CPU_AVX512 && g->groups == 1 && g->kernel[1] * g->in >= LEAST_RUN;
-  return lowers && (strided || direction == CONV_BACKWARD_WEIGHT) ? BY_LOWERING : BY_ONEDNN;
-}
-
-/* How a convolution is computed. */
-typedef struct {
-  conv_way way;
-  int follows;   /* what the way does afterwards, a set of FOLLOWED_BY_* */
-  size_t bytes;  /* of scratch */
-  size_t packed; /* of the kernel; 0: there is nothing to keep */
-  int64_t mark;
-} conv_choice;
-
-enum { WINOGRAD_MARK = 0, PANELS_MARK = -1 }; /* oneDNN's are greater */
-
-/* By oneDNN, which may have a kernel for the bias alone. */
-static device_status choose_onednn(conv_direction direction, const conv_geometry *g, int follows, conv_choice *choice) {
-  onednn_needs needs = {0};
-  choice->follows = follows;
-  device_status status = onednn_conv_prepare(direction, g, follows, &needs);
-  if (status == DEVICE_UNSUPPORTED && follows & ~FOLLOWED_BY_BIAS) {
-    choice->follows = follows & FOLLOWED_BY_BIAS;
-    status = onednn_conv_prepare(direction, g, choice->follows, &needs);
-  }
-  choice->way = BY_ONEDNN;
-  choice->bytes = needs.scratch;
-  choice->packed = needs.packed;
-  choice->mark = needs.mark;
-  return status;
-}
-
-/* float32 is lowered where oneDNN has nothing good. */
-static device_status choose(conv_direction direction, const conv_geometry *g, int follows, conv_wish wish,
-                            conv_choice *choice) {
-  *choice = (conv_choice){.way = preferred(direction, g, wish), .follows = follows & FOLLOWED_BY_BIAS};
-  conv_way way = choice->way;
-  device_status status = DEVICE_DONE;
-  if (way == BY_GATHERING || way == BY_FOLDING) {
-    status = way == BY_GATHERING ? conv_gathered_scratch(g, &choice->bytes) : conv_folded_scratch(g, &choice->bytes);
-    if (status == DEVICE_UNSUPPORTED)
-      status = choose_onednn(direction, g, follows, choice);
-    return status;
-  }
-  if (way == BY_ONEDNN) {
-    status = choose_onednn(direction, g, follows, choice);
-    if (status != DEVICE_UNSUPPORTED || g->dtype != OREPA_FLOAT32)
-      return status;
-    *choice = (conv_choice){.way = way = BY_LOWERING, .follows = follows & FOLLOWED_BY_BIAS};
-  }
-  if (way == BY_WINOGRAD)
-    *choice = (conv_choice){way, follows, winograd_scratch(direction, g), winograd_packed(g), WINOGRAD_MARK};
-  else if (way == BY_PANELS)
-    *choice = (conv_choice){way, follows, conv_panels_scratch(g), conv_panels_packed(g), PANELS_MARK};
-  else
-    choice->bytes = way == BY_POSITIONS ? conv_positions_scratch(direction, g) : conv_lowered_scratch(g);
-  return DEVICE_DONE;
 }
 
 /* ---- one convolution ---- */
@@ -213,13 +105,13 @@ static int64_t count_y(const conv_geometry *g) {
 
 static device_status plan_in_type(conv_work *c, int follows) {
   size_t size = orepa_dtype_size((orepa_dtype)c->g.dtype);
-  c->takes_points = is_strided_point(&c->g) && preferred(c->direction, &c->g, c->wish) != BY_POSITIONS;
+  c->takes_points = is_strided_point(&c->g) && conv_preferred(c->direction, &c->g, c->wish) != BY_POSITIONS;
   if (c->takes_points) {
     c->seen = c->g;
     c->g = of_points(&c->seen);
     c->points = scratch_place(&c->scratch, (size_t)count_x(&c->g) * size);
   }
-  device_status status = choose(c->direction, &c->g, follows, c->wish, &c->choice);
+  device_status status = conv_choose(c->direction, &c->g, follows, c->wish, &c->choice);
   c->own = scratch_place(&c->scratch, c->choice.bytes);
   return status;
 }
@@ -252,37 +144,16 @@ static device_status plan(conv_work *c, int follows) {
 
 /* What is planned, with scratch taken and x, w, y and bias set. */
 static device_status compute_in_type(conv_work *c) {
-  void *own = c->scratch.memory + c->own, *x = c->x;
+  void *x = c->x;
   size_t size = orepa_dtype_size((orepa_dtype)c->g.dtype);
-  conv_way way = c->choice.way;
-  device_status status;
   if (c->takes_points) {
     x = c->scratch.memory + c->points;
     if (c->direction != CONV_BACKWARD_DATA)
       conv_take_points(&c->seen, size, x, c->x);
   }
-  /* what the way does itself */
-  const int follows = c->choice.follows;
-  const conv_epilogue after = {c->after.bias, follows & FOLLOWED_BY_RESIDUAL ? c->after.residual : NULL,
-                               follows & FOLLOWED_BY_RELU};
-  if (way == BY_WINOGRAD) {
-    winograd_operands operands = {&c->g, x, c->w, c->y, c->scale, c->shift, c->relu, after, c->moments, c->packed};
-    winograd_conv(c->direction, &operands, own);
-    status = DEVICE_DONE;
-  } else if (way == BY_PANELS) {
-    conv_panels(&c->g, x, c->w, c->y, &after, c->packed, own);
-    status = DEVICE_DONE;
-  } else if (way == BY_ONEDNN) {
-    status = onednn_conv(c->direction, &c->g, x, c->w, c->y, &after, c->packed, own);
-  } else if (way == BY_GATHERING) {
-    status = conv_gathered(&c->g, x, c->w, c->y, own);
-  } else if (way == BY_FOLDING) {
-    status = conv_folded(&c->g, x, c->w, c->y, own);
-  } else {
-    conv_operands operands = {&c->g, x, c->w, c->y, after.bias};
-    status = way == BY_POSITIONS ? conv_by_positions(c->direction, &operands, own)
-                                 : conv_lowered(c->direction, &operands, own);
-  }
+  device_status status =
+      conv_run(&c->choice, &(conv_call){c->direction, &c->g, x, c->w, c->y, c->after, c->scale, c->shift, c->relu,
+                                        c->moments, c->packed, c->scratch.memory + c->own});
   if (status == DEVICE_DONE && c->takes_points && c->direction == CONV_BACKWARD_DATA)
     conv_spread_points(&c->seen, size, c->x, x);
   return status;
@@ -349,14 +220,8 @@ static const void *dense(const conv_work *c, const device_array *a, size_t place
   return copy;
 }
 
-/* What a way of computing does of a convolution's surroundings. */
-static device_conv_fusion fusion_of(conv_way way, bool widens) {
-  bool winograd = way == BY_WINOGRAD && !widens, prologue = winograd && winograd_fuses_prologue();
-  return (device_conv_fusion){prologue, prologue, winograd};
-}
-
 static bool fuses_prologue(const conv_work *c) {
-  return fusion_of(c->choice.way, c->widens).prologue;
+  return !c->widens && conv_way_fuses(c->choice.way).prologue;
 }
 
 static void plan_prologue(conv_work *c, const device_array *x, const device_prologue *prologue) {
@@ -402,8 +267,8 @@ device_conv_fusion cpu_conv_fusion(device_context *context, const orepa_conv *co
     return (device_conv_fusion){false, false, false};
   conv_geometry g = geometry_of(conv, x, w, y);
   const conv_wish wish = {.accurate = context->accurate};
-  device_conv_fusion fusion = fusion_of(preferred(CONV_FORWARD, &g, wish), false);
-  fusion.weight_prologue = fusion_of(preferred(CONV_BACKWARD_WEIGHT, &g, wish), false).weight_prologue;
+  device_conv_fusion fusion = conv_way_fuses(conv_preferred(CONV_FORWARD, &g, wish));
+  fusion.weight_prologue = conv_way_fuses(conv_preferred(CONV_BACKWARD_WEIGHT, &g, wish)).weight_prologue;
   return fusion;
 }
 
@@ -457,7 +322,7 @@ static device_status forward(device_context *context, conv_work *c, const device
     return DEVICE_FAILED;
   c->after = (conv_epilogue){bias ? dense(c, bias, c->dense[2]) : NULL, residual ? residual->data : NULL,
                              epilogue && epilogue->relu};
-  bool measures = done == follows && fusion_of(c->choice.way, c->widens).moments;
+  bool measures = done == follows && !c->widens && conv_way_fuses(c->choice.way).moments;
   c->moments = moments && measures ? moments->data : NULL;
   status = run_prologue(context, c, x, prologue);
   if (status == DEVICE_DONE)

@@ -1,5 +1,4 @@
-/* conv.h: one convolution's sizes, and the ways to compute it beside oneDNN's. conv.c chooses between them and
- * oneDNN's kernels. */
+/* conv.h: one convolution's sizes, and the ways to compute it beside oneDNN's and Winograd's. conv_ways.c chooses. */
 #ifndef OREPA_CORE_CPU_CONV_H
 #define OREPA_CORE_CPU_CONV_H
 

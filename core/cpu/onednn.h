@@ -23,7 +23,7 @@ typedef struct {
 } onednn_needs;
 
 /* A convolution and what follows it, a set of FOLLOWED_BY_*. Unsupported: the library has no such convolution, or only
- * a slow one that conv.c does better; 1x1 with a stride, whose weight gradient overwrites memory in the library, is
+ * a slow one that others do better; 1x1 with a stride, whose weight gradient overwrites memory in the library, is
  * never given to it. */
 device_status onednn_conv_prepare(conv_direction direction, const conv_geometry *g, int follows, onednn_needs *needs);
 /* epilogue and packed may be NULL, and are read by forward alone. */
