@@ -51,6 +51,11 @@ static ALWAYS_INLINE float rounded_float(float value, bool half) {
   return bfloat16_to_float(stored);
 }
 
+/* The largest float that is 0 once it is rounded to the map's type. */
+static ALWAYS_INLINE float largest_zero(bool half) {
+  return half ? 0x1p-134f : 0;
+}
+
 /* a * x + b rounded once. Without the instruction: the product is exact in double, the sum is rounded to odd there, and
  * so the rounding to float sees on which side of a tie it was. */
 static ALWAYS_INLINE float multiply_add(float a, float x, float b) {

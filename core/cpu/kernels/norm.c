@@ -15,15 +15,16 @@ static ALWAYS_INLINE void apply_line(void *restrict z, const void *restrict y, c
                                      const apply_kind kind) {
   const float *restrict scale = t.scale, *restrict shift = t.shift, *restrict r_scale = t.r_scale,
                         *restrict r_shift = t.r_shift;
+  const float limit = least - largest_zero(half); /* what is below it is below `least` once it is rounded */
   for (int64_t c = 0; c < width; c++) {
-    float value = rounded_float(multiply_add(scale[c], load_float(y, offset + c, half), shift[c]), half);
+    float value = multiply_add(scale[c], load_float(y, offset + c, half), shift[c]);
     if (kind == PLUS_MAP)
-      value = rounded_float(value + load_float(r, offset + c, half), half);
+      value = rounded_float(value, half) + load_float(r, offset + c, half);
     if (kind == PLUS_NORM) {
       float added = multiply_add(r_scale[c], load_float(r, offset + c, half), r_shift[c]);
-      value = rounded_float(value + rounded_float(added, half), half);
+      value = rounded_float(value, half) + rounded_float(added, half);
     }
-    store_float(z, offset + c, value < least ? least : value, half);
+    store_float(z, offset + c, value < limit ? least : value, half); /* rounds the last step */
   }
 }
 

@@ -59,6 +59,16 @@ static inline const void *element(const void *data, int64_t k, bool half) {
   return (const char *)data + k * (half ? 2 : 4);
 }
 
+/* A number that is one of the map's type to the map. */
+static ALWAYS_INLINE void store_exact(void *to, int64_t k, float value, bool half) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  if (half)
+    ((uint16_t *)to)[k] = (uint16_t)(bits >> 16);
+  else
+    ((float *)to)[k] = value;
+}
+
 /* One line; `of` is the result or x, by the kind of mask. `to` may be dy. */
 static ALWAYS_INLINE void mix_line(void *to, const void *dy, const void *added, const void *of, int64_t offset,
                                    int64_t width, const float *scale, const float *shift, const bool half,
@@ -66,13 +76,15 @@ static ALWAYS_INLINE void mix_line(void *to, const void *dy, const void *added, 
 #pragma omp simd
   for (int64_t c = 0; c < width; c++) {
     float u = load_float(dy, offset + c, half), z = 1;
-    if (sum)
-      u = rounded_float(u + load_float(added, offset + c, half), half);
     if (mask == BY_RESULT)
       z = load_float(of, offset + c, half);
     if (mask == BY_SCALE)
-      z = rounded_float(multiply_add(scale[c], load_float(of, offset + c, half), shift[c]), half);
-    store_float(to, offset + c, z > 0 ? u : 0, half);
+      z = multiply_add(scale[c], load_float(of, offset + c, half), shift[c]);
+    bool passes = z > (mask == BY_SCALE ? largest_zero(half) : 0);
+    if (sum)
+      store_float(to, offset + c, passes ? u + load_float(added, offset + c, half) : 0, half);
+    else
+      store_exact(to, offset + c, passes ? u : 0, half);
   }
 }
 
