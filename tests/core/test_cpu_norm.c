@@ -247,37 +247,54 @@ static void nothing(void **unused) {
   }
 }
 
-/* Products that are a tie of float32 and a shift far below it: rounding twice would lose which side of the tie it is.
- * And values that are not finite. */
-static void rounded_once(void **unused) {
-  (void)unused;
-  static const float values[] = {1 + 0x1p-12f, -1 - 0x1p-12f, 0x1.8p0f, NAN, INFINITY, -INFINITY, -0.0f, 0x1p-140f};
-  static const float shifts[] = {0x1p-60f, -0x1p-60f, 0, -0.0f, INFINITY, NAN, 0x1p-149f, -1.5f};
-  int64_t shape[] = {8, 64}, channels = 64;
-  test_array y = test_new(OREPA_FLOAT32, LAYOUT_DENSE, 2, shape), wanted = test_copy(&y), found = test_copy(&y);
-  test_array scale = test_new(OREPA_FLOAT32, LAYOUT_DENSE, 1, &channels), shift = test_copy(&scale);
+/* Products that are a tie of the map's type and a shift far below it: rounding twice would lose which side of the tie
+ * it is. Values that are not finite, and such that are 0 once they are rounded to bfloat16. Forward, and as a mask. */
+static void check_rounding(orepa_dtype dtype) {
+  static const float values[] = {1 + 0x1p-12f, -1 - 0x1p-12f, 0x1.8p0f,  NAN, INFINITY,   -INFINITY,
+                                 -0.0f,        0x1p-140f,     0x1p-133f, 0.5, -0x1p-133f, 0x1.02p0f};
+  static const float shifts[] = {0x1p-60f,  -0x1p-60f, 0,         -0.0f,      INFINITY,         NAN,
+                                 0x1p-149f, -1.5f,     0x1p-134f, -0x1p-134f, 0x1.000002p-134f, -0x1.000002p-134f};
+  enum { VALUES = sizeof values / sizeof *values };
+  int64_t channels = VALUES * VALUES, shape[] = {VALUES, channels};
+  test_array y = test_new(dtype, LAYOUT_DENSE, 2, shape), wanted = test_copy(&y), found = test_copy(&y);
+  test_array dy = test_copy(&y), scale = test_new(OREPA_FLOAT32, LAYOUT_DENSE, 1, &channels);
+  test_array shift = test_copy(&scale), zeros = test_copy(&scale), ones = test_copy(&scale);
   for (int64_t c = 0; c < channels; c++) {
-    test_set(&scale.a, c, values[c % 8]);
-    test_set(&shift.a, c, shifts[c / 8]);
-    for (int64_t n = 0; n < 8; n++)
+    test_set(&scale.a, c, values[c % VALUES]);
+    test_set(&shift.a, c, shifts[c / VALUES]);
+    test_set(&ones.a, c, 1);
+    for (int64_t n = 0; n < VALUES; n++) {
       test_set(&y.a, n * channels + c, values[n]);
+      test_set(&dy.a, n * channels + c, 3);
+    }
   }
   device_context ref = test_context(ref_device());
-  for (int relu = 0; relu < 2; relu++) {
-    assert_int_equal(ref.device->norm_apply(&ref, &wanted.a, &y.a, &scale.a, &shift.a, NULL, NULL, NULL, relu),
-                     DEVICE_DONE);
+  for (int kind = 0; kind < 4; kind++) /* with and without ReLU; of a sum; masked backward */
     for_each_isa(device) {
       device_context cpu = test_context(device);
-      assert_int_equal(device->norm_apply(&cpu, &found.a, &y.a, &scale.a, &shift.a, NULL, NULL, NULL, relu),
-                       DEVICE_DONE);
+      for (int k = 0; k < 2; k++) {
+        device_context *context = k ? &cpu : &ref;
+        device_array *to = k ? &found.a : &wanted.a;
+        device_gradient gradient = {.dy = &dy.a, .scale = &scale.a, .shift = &shift.a};
+        device_status status = kind < 3 ? context->device->norm_apply(context, to, &y.a, &scale.a, &shift.a,
+                                                                      kind == 2 ? &y.a : NULL, NULL, NULL, kind > 0)
+                                        : context->device->norm_backward(context, false, to, NULL, NULL, &gradient,
+                                                                         &y.a, &zeros.a, &ones.a, NULL);
+        assert_int_equal(status, DEVICE_DONE);
+      }
       assert_true(test_same(&found.a, &wanted.a));
       test_context_free(&cpu);
     }
-  }
   test_context_free(&ref);
-  test_array *all[] = {&y, &wanted, &found, &scale, &shift};
-  for (int k = 0; k < 5; k++)
+  test_array *all[] = {&y, &wanted, &found, &dy, &scale, &shift, &zeros, &ones};
+  for (size_t k = 0; k < sizeof all / sizeof *all; k++)
     test_release(all[k]);
+}
+
+static void rounded_once(void **unused) {
+  (void)unused;
+  check_rounding(OREPA_FLOAT32);
+  check_rounding(OREPA_BFLOAT16);
 }
 
 static void parts_that_may_be_absent(void **unused) {
