@@ -57,12 +57,11 @@ typedef struct {
  * the time, 2.6.3's AMX kernels never write such taps' gradients. A single result that ends with the map is reached
  * without a step, and so a strided 3x3 on a map of 1x1 is no strided 1x1. */
 static void crop_axis(const conv_geometry *g, int axis, conv_description *d) {
-  int64_t last_start = (g->result[axis] - 1) * g->stride[axis] - g->padding[axis];
-  int64_t first = last_start < 0 ? -last_start : 0, last = g->size[axis] + g->padding[axis];
+  int64_t first = conv_window_at(g, axis, g->result[axis] - 1).first, last = conv_window_at(g, axis, 0).last;
   bool crops = g->dilation[axis] == 1 && first < g->kernel[axis];
   onednn_conv_layouts *l = &d->layouts;
   d->first[axis] = crops ? first : 0;
-  d->taps[axis] = (crops && last < g->kernel[axis] ? last : g->kernel[axis]) - d->first[axis];
+  d->taps[axis] = (crops ? last : g->kernel[axis]) - d->first[axis];
   l->before[axis] = g->padding[axis] - d->first[axis];
   int64_t span = (d->taps[axis] - 1) * g->dilation[axis] + 1;
   int64_t after = (g->result[axis] - 1) * g->stride[axis] + span - g->size[axis] - l->before[axis];
