@@ -24,6 +24,7 @@ typedef struct {
   pthread_mutex_t lock;
   block_list free[CLASSES];
   range_set free_ranges;
+  char *end; /* of the last block that the system gave for them */
   orepa_memory_info info;
   size_t wanted_limit; /* set by the user; 0: follow the system */
 } device_books;
@@ -85,10 +86,14 @@ static bool is_divided(const device_books *b, size_t bytes) {
   return least && bytes >= least;
 }
 
+static size_t whole_pages(size_t bytes) {
+  return (bytes + DEVICE_PAGE - 1) / DEVICE_PAGE * DEVICE_PAGE;
+}
+
 /* The size of the block for so many bytes. */
 static size_t block_size(const device_books *b, size_t wanted) {
   if (is_divided(b, wanted))
-    return (wanted + DEVICE_PAGE - 1) / DEVICE_PAGE * DEVICE_PAGE;
+    return whole_pages(wanted);
   size_class(&wanted);
   return wanted;
 }
@@ -110,7 +115,7 @@ static void give_back_all(device_books *b) {
   }
 }
 
-enum { LARGE = 1 << 20, SLACK = 32 /* a part of what is held */ };
+enum { LARGE = 1 << 20, SLACK = 16 /* a part of what is held */ };
 #define TOO_LARGE (SIZE_MAX / 4) /* bytes that are refused unasked: sums of smaller ones don't overflow */
 
 /* The limit is read again whenever the system is asked for a large block: others use memory too. */
@@ -182,16 +187,28 @@ static bool keep(device_books *b, void *memory, size_t bytes) {
   return true;
 }
 
-/* A new block. Ranges grow by some more than that: where blocks lie differs a little from step to step, and what a step
- * leaves free is in pieces. */
+/* A block where no range has room. The last range grows by what it lacks, if the system's next memory lies behind it;
+ * and by some more: where blocks lie differs a little from step to step, and what a step leaves free is in pieces. */
 static void *grow(device_books *b, size_t bytes) {
-  size_t held = b->info.live + b->info.cached, more = block_size(b, held / SLACK);
-  if (!is_divided(b, bytes) || more <= bytes || held + more > limit_of(b, more))
+  if (!is_divided(b, bytes))
     return ask_system(b, bytes);
-  char *memory = ask_system(b, more);
-  if (memory && !keep_range(b, memory + bytes, more - bytes))
-    b->context.device->deallocate(&b->context, memory + bytes, more - bytes);
-  return memory;
+  const range_set *set = &b->free_ranges;
+  const address_range *last = set->count ? &set->list[set->count - 1] : NULL;
+  size_t held = b->info.live + b->info.cached, wanted = bytes, more = whole_pages(held / SLACK);
+  if (last && last->start + last->bytes == b->end)
+    wanted -= last->bytes;
+  if (held + wanted + more <= limit_of(b, wanted + more))
+    wanted += more;
+  char *memory = ask_system(b, wanted);
+  if (!memory)
+    return wanted == bytes ? NULL : ask_system(b, bytes);
+  b->end = memory + wanted;
+  if (!keep_range(b, memory, wanted)) {
+    b->context.device->deallocate(&b->context, memory, wanted);
+    return NULL;
+  }
+  memory = take_kept(b, bytes);
+  return memory ? memory : ask_system(b, bytes); /* it lies elsewhere */
 }
 
 /* ---- blocks that are used ---- */

@@ -154,25 +154,42 @@ static void test_blocks_that_grew_from_the_system_are_neighbours(void **unused) 
   orepa_empty_cache(CPU);
 }
 
-/* What is left of a range may be as small as a block that no range holds, and is none. */
+static void test_the_last_range_grows_by_what_it_lacks(void **unused) {
+  (void)unused;
+  if (!CPU->divisible)
+    skip();
+  orepa_empty_cache(CPU);
+  const size_t live = orepa_memory(CPU).live;
+  void *first = get(2 * MIB), *second = get(3 * MIB);
+  release(second, 3 * MIB);
+  void *larger = get(5 * MIB);
+  assert_int_equal(orepa_memory(CPU).live, live + 7 * MIB);
+  assert_true(orepa_memory(CPU).cached < MIB);
+  release(first, 2 * MIB);
+  void *other = get(3 * MIB); /* the hole is too small, and not the last */
+  assert_true(orepa_memory(CPU).cached >= 2 * MIB && orepa_memory(CPU).cached < 3 * MIB);
+  release(larger, 5 * MIB);
+  release(other, 3 * MIB);
+  orepa_empty_cache(CPU);
+  assert_int_equal(orepa_memory(CPU).live, live);
+}
+
+/* What a range is larger than its block may be as small as blocks that no range holds, and is none of them. */
 static void test_a_small_rest_is_no_small_block(void **unused) {
   (void)unused;
   if (!CPU->divisible)
     skip();
-  enum { REST = 17 * DEVICE_PAGE, LARGE = 2 * MIB - REST }; /* ranges grow by 2 MiB where 64 are held */
   orepa_empty_cache(CPU);
-  const size_t held = orepa_memory(CPU).live;
-  assert_true(held < MIB);
-  char *most = get(64 * MIB - held), *large = get(LARGE);
-  assert_int_equal(orepa_memory(CPU).cached, REST);
-  char *small = get(REST - 1); /* of a size class that is larger */
-  assert_true(small + REST <= large || small >= large + LARGE + REST);
-  assert_int_equal(orepa_memory(CPU).cached, REST);
-  release(small, REST - 1);
-  release(large, LARGE);
-  release(most, 64 * MIB - held);
+  char *first = get(MIB), *second = get(MIB);
+  const size_t rest = orepa_memory(CPU).cached;
+  assert_true(rest > 0 && rest < CPU->divisible);
+  char *small = get(rest), *after = second + MIB;
+  assert_true(small + rest <= after || small >= after + rest);
+  assert_int_equal(orepa_memory(CPU).cached, rest);
+  release(small, rest);
+  release(first, MIB);
+  release(second, MIB);
   orepa_empty_cache(CPU);
-  assert_int_equal(orepa_memory(CPU).live, held);
 }
 
 /* The part by which ranges grow beyond what is asked for stays within the limit. */
@@ -200,6 +217,7 @@ int main(void) {
       cmocka_unit_test(test_nothing_is_lost_or_lent_twice),
       cmocka_unit_test(test_freed_blocks_serve_larger_and_smaller_ones),
       cmocka_unit_test(test_blocks_that_grew_from_the_system_are_neighbours),
+      cmocka_unit_test(test_the_last_range_grows_by_what_it_lacks),
       cmocka_unit_test(test_a_small_rest_is_no_small_block),
       cmocka_unit_test(test_ranges_grow_within_the_limit),
   };
