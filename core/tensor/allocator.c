@@ -188,7 +188,8 @@ static bool keep(device_books *b, void *memory, size_t bytes) {
 }
 
 /* A block where no range has room. The last range grows by what it lacks, if the system's next memory lies behind it;
- * and by some more: where blocks lie differs a little from step to step, and what a step leaves free is in pieces. */
+ * and by some more: where blocks lie differs a little from step to step, and what a step leaves free is in pieces. Less
+ * than is divided would be a small block, which lies elsewhere. */
 static void *grow(device_books *b, size_t bytes) {
   if (!is_divided(b, bytes))
     return ask_system(b, bytes);
@@ -199,6 +200,8 @@ static void *grow(device_books *b, size_t bytes) {
     wanted -= last->bytes;
   if (held + wanted + more <= limit_of(b, wanted + more))
     wanted += more;
+  if (wanted < b->context.device->divisible)
+    wanted = b->context.device->divisible;
   char *memory = ask_system(b, wanted);
   if (!memory)
     return wanted == bytes ? NULL : ask_system(b, bytes);

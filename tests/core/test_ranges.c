@@ -174,6 +174,23 @@ static void test_the_last_range_grows_by_what_it_lacks(void **unused) {
   assert_int_equal(orepa_memory(CPU).live, live);
 }
 
+/* What the system gives for less lies elsewhere: no range may grow by so little. */
+static void test_a_range_that_lacks_little_grows_by_a_block(void **unused) {
+  (void)unused;
+  if (!CPU->divisible)
+    skip();
+  orepa_empty_cache(CPU);
+  release(get(MIB), MIB);
+  orepa_memory_info before = orepa_memory(CPU);
+  const size_t more = before.cached + 1;
+  void *larger = get(more);
+  orepa_memory_info now = orepa_memory(CPU);
+  assert_int_equal(now.system, before.system + 1);
+  assert_true(now.live + now.cached <= before.live + before.cached + CPU->divisible);
+  release(larger, more);
+  orepa_empty_cache(CPU);
+}
+
 /* What a range is larger than its block may be as small as blocks that no range holds, and is none of them. */
 static void test_a_small_rest_is_no_small_block(void **unused) {
   (void)unused;
@@ -218,6 +235,7 @@ int main(void) {
       cmocka_unit_test(test_freed_blocks_serve_larger_and_smaller_ones),
       cmocka_unit_test(test_blocks_that_grew_from_the_system_are_neighbours),
       cmocka_unit_test(test_the_last_range_grows_by_what_it_lacks),
+      cmocka_unit_test(test_a_range_that_lacks_little_grows_by_a_block),
       cmocka_unit_test(test_a_small_rest_is_no_small_block),
       cmocka_unit_test(test_ranges_grow_within_the_limit),
   };
