@@ -36,8 +36,9 @@ document("nn.checkpoint", [[
   of tensors and without a second update of running statistics, and gives the same gradients to the bit. It costs one more
   forward pass of the module and saves all maps inside it. Paths and state dicts are those of the module itself, so one may be
   wrapped where it stands in a model: `self.stage1[1] = nn.checkpoint(self.stage1[1])`. The module must compute the same both
-  times (it may look at orepa.is_recomputing) and give tensors; forward hooks inside it run both times. In evaluation and under
-  no_grad it is just the module.
+  times (it may look at orepa.is_recomputing) and give tensors; forward hooks inside it run both times. The generator of orepa's
+  random numbers is put back for the second time; Lua's math.random is not, so a module that draws from it must keep what it
+  drew. In evaluation and under no_grad it is just the module.
   > local m = nn.checkpoint(nn.Sequential(nn.Linear{in_features = 2, out_features = 2}, nn.ReLU()))
   > m(orepa.ones(1, 2)):sum():backward(); return m:get("0.weight").grad]])
 
