@@ -1,0 +1,62 @@
+-- Charts of numbers, drawn by gnuplot as SVG: on a transparent ground, in colours that are read on white and on black.
+
+local measure = require "measure"
+local orepa = require "orepa"
+
+local charts = {}
+
+local TEXT, LINES = "#808890", "#90808080"
+local OURS, OTHERS = 0x3b82f6, 0x8b949e
+local SERIES = { "#3b82f6", "#e8590c", "#2f9e44", "#ae3ec9", "#8b949e", "#d6336c" }
+
+function charts.can_draw()
+  return os.execute "command -v gnuplot >/dev/null 2>&1" == true
+end
+
+local function quoted(text)
+  return "'" .. text:gsub("'", "''") .. "'"
+end
+
+-- `lines` are gnuplot's, after what all charts have in common.
+local function draw(path, height, lines)
+  local pipe <close> = assert(io.popen("gnuplot", "w"))
+  pipe:write(("set terminal svg size 860,%d font 'sans-serif,13' noenhanced\nset output %s\n"):format(height, quoted(path)),
+    ("set border 3 lc rgb '%s'\nset tics nomirror textcolor rgb '%s'\n"):format(LINES, TEXT),
+    ("set grid lc rgb '%s'\n"):format(LINES), table.concat(lines, "\n"), "\n")
+  if not pipe:close() then orepa.fail("gnuplot could not draw " .. path) end
+end
+
+-- A horizontal bar for each of `rows`, {label, summary, is_ours}, with its quartiles; `unit` is written under the axis.
+function charts.bars(path, rows, unit)
+  local lines = { "$rows << END" }
+  for k, row in ipairs(rows) do
+    local s = row[2]
+    lines[k + 1] = ('%d "%s" %.6g %.6g %.6g %d'):format(k, row[1], s.median, s.lower, s.upper, row[3] and OURS or OTHERS)
+  end
+  draw(path, 80 + 24 * #rows, measure.append(lines, { "END", "unset key", "set grid noytics", "set xrange [0:*]",
+    ("set yrange [%d.5:0.5]"):format(#rows), "set offsets graph 0, graph 0.12, 0, 0",
+    ("set xlabel %s textcolor rgb '%s'"):format(quoted(unit), TEXT),
+    "plot $rows using ($3/2):1:($3/2):(0.36):6:ytic(2) with boxxyerror fill solid noborder lc rgb variable notitle, \\",
+    ("  '' using 3:1:4:5 with xerrorbars pt 0 lc rgb '%s' notitle, \\"):format(TEXT),
+    ("  '' using 5:1:(sprintf('%%.4g', $3)) with labels left offset 0.8,0 textcolor rgb '%s' notitle"):format(TEXT) }))
+end
+
+-- A line for each name among `points`, {name, {x, y}}; x doubles from mark to mark.
+function charts.lines(path, points, x_name, y_name)
+  local names, lines, plots = {}, {}, {}
+  for k, point in ipairs(points) do names[k] = { text = point[1] } end
+  for k, name in ipairs(measure.distinct(names)) do
+    lines[#lines + 1] = ("$series%d << END"):format(k)
+    for _, point in ipairs(points) do
+      if point[1] == name.text then lines[#lines + 1] = ("%.6g %.6g"):format(point[2][1], point[2][2]) end
+    end
+    lines[#lines + 1] = "END"
+    plots[k] = ("$series%d using 1:2 with linespoints pt 7 ps 0.6 lw 2 lc rgb '%s' title %s"):format(k,
+      SERIES[(k - 1) % #SERIES + 1], quoted(name.text))
+  end
+  draw(path, 380, measure.append(lines, { "set logscale x 2", "set yrange [0:*]",
+    ("set key outside textcolor rgb '%s'"):format(TEXT), ("set xlabel %s textcolor rgb '%s'"):format(quoted(x_name), TEXT),
+    ("set ylabel %s textcolor rgb '%s'"):format(quoted(y_name), TEXT), "plot " .. table.concat(plots, ", ") }))
+end
+
+return charts
