@@ -29,9 +29,9 @@ typedef struct {
   uint64_t moments_version;
   orepa_tensor *cast; /* the same numbers in another type; NULL: none */
   uint64_t cast_version;
-  orepa_tensor *packed; /* a kernel as the device wants it; NULL: none */
+  orepa_tensor *packed;                 /* a kernel as the device wants it; NULL: none */
   int64_t packed_mark, packed_shape[4]; /* of what was packed */
-  uint64_t packed_version; /* when it was packed, or asked for the first time */
+  uint64_t packed_version;              /* when it was packed, or asked for the first time */
   bool viewed_in_graph; /* a view of it was made while a graph was recorded: in-place ops with gradients are refused */
 } tensor_storage;
 

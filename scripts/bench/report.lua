@@ -25,37 +25,39 @@ local args = parser:parse()
 
 -- ---- what is measured: parts of the page, each with its commands ----
 
-local ALL = "eager,channels-last,compiled,compiled-channels-last"
+local ALL = "eager,channels-last,compiled-channels-last"
+local SHORT = " --rounds 3 --steps 6" -- of steps that take long
 
 local parts = {
   { name = "plain", title = "A training step of the plain network", about = [[
 A training step (forward, loss, backward, SGD with momentum) of plain ResNet-18 on 16 images of 224x224, beside PyTorch's.]],
-    "step.lua --reparam none --batch-size 16 --peers " .. ALL },
+    "step.lua --reparam none --batch-size 16 --peers " .. ALL .. SHORT },
   { name = "orepa", title = "A training step of the OREPA network", about = [[
 The same step of OREPA-ResNet-18, beside PyTorch's with the same blocks; `none:` is PyTorch's step of the plain network.]],
-    "step.lua --reparam orepa --batch-size 16 --peers " .. ALL .. ",none:channels-last,none:compiled-channels-last" },
+    "step.lua --reparam orepa --batch-size 16 --peers " .. ALL .. ",none:channels-last,none:compiled-channels-last"
+      .. SHORT },
   { name = "overhead", title = "What OREPA costs beside the plain network", about = [[
 A training step of OREPA-ResNet-18 beside our own step of plain ResNet-18 (`none:ours`), at three batch sizes.]],
-    "step.lua --reparam orepa --batch-size 16 --peers none:ours",
-    "step.lua --reparam orepa --batch-size 32 --peers none:ours",
-    "step.lua --reparam orepa --batch-size 64 --peers none:ours" },
+    "step.lua --reparam orepa --batch-size 16 --peers none:ours" .. SHORT,
+    "step.lua --reparam orepa --batch-size 32 --peers none:ours" .. SHORT,
+    "step.lua --reparam orepa --batch-size 64 --peers none:ours" .. SHORT },
   { name = "resnet50", title = "ResNet-50", about = [[
 A training step of ResNet-50 on 8 images, plain and with OREPA blocks.]],
-    "step.lua --model resnet50 --reparam none --batch-size 8 --peers " .. ALL,
-    "step.lua --model resnet50 --reparam orepa --batch-size 8 --peers none:ours," .. ALL },
+    "step.lua --model resnet50 --reparam none --batch-size 8 --peers " .. ALL .. SHORT,
+    "step.lua --model resnet50 --reparam orepa --batch-size 8 --peers none:ours," .. ALL .. SHORT },
   { name = "bfloat16", title = "bfloat16", about = [[
 A training step of ResNet-18 with convolutions and the maps between them in bfloat16, beside PyTorch's autocast.]],
-    "step.lua --precision bf16 --reparam none --batch-size 16 --peers bfloat16,compiled-bfloat16",
+    "step.lua --precision bf16 --reparam none --batch-size 16 --peers bfloat16,compiled-bfloat16" .. SHORT,
     "step.lua --precision bf16 --reparam orepa --batch-size 16 --peers none:ours,bfloat16,compiled-bfloat16,none:bfloat16,"
-      .. "none:compiled-bfloat16" },
+      .. "none:compiled-bfloat16" .. SHORT },
   { name = "deployed", title = "The deployed network", about = [[
 A forward pass of the deployed ResNet-18 (convolutions with bias, ReLUs) on 1 image and on 32, beside onnxruntime and PyTorch.]],
-    "step.lua --mode deploy --batch-size 1 --peers onnxruntime,compiled-channels-last",
-    "step.lua --mode deploy --batch-size 32 --peers onnxruntime,compiled-channels-last" },
+    "step.lua --mode deploy --batch-size 1 --peers onnxruntime,channels-last --steps 50",
+    "step.lua --mode deploy --batch-size 32 --peers onnxruntime,channels-last" .. SHORT },
   { name = "avx2", title = "With AVX2 alone", needs = "avx2", about = [[
 A training step of ResNet-18 where all are kept to AVX2.]],
-    "step.lua --isa avx2 --reparam none --batch-size 16 --peers eager,channels-last",
-    "step.lua --isa avx2 --reparam orepa --batch-size 16 --peers eager,channels-last" },
+    "step.lua --isa avx2 --reparam none --batch-size 16 --peers eager,channels-last" .. SHORT,
+    "step.lua --isa avx2 --reparam orepa --batch-size 16 --peers eager,channels-last" .. SHORT },
   { name = "breakdown", title = "The parts of a step", about = [[
 Where the time of our training steps of ResNet-18 goes, in milliseconds, by entry of the device's table, convolutions by kernel.
 What takes less than half a percent is left out.]],
@@ -87,7 +89,8 @@ local function command_of(text)
   end
   if args.quick then
     text = text:gsub("(%-%-batch%-size) (%S+)", function(option, list) return option .. (list:find "," and " 2,4" or " 2") end)
-    text = text:gsub(" %-%-threads %S+", "") .. tiny .. (tiny_of[text:match "%S+"] or "")
+    for _, option in ipairs { "threads", "rounds", "steps" } do text = text:gsub(" %-%-" .. option .. " %S+", "") end
+    text = text .. tiny .. (tiny_of[text:match "%S+"] or "")
   end
   return text .. (args.python and has_peers and " --python python3" or "") .. " --json"
 end
