@@ -44,6 +44,11 @@ static inline size_t winograd_block_bytes(int64_t tiles) {
   return (sizeof(winograd_block) + (size_t)tiles * sizeof(winograd_tile) + 63) / 64 * 64;
 }
 
+/* Rounded up to lines of the cache. */
+static inline int64_t whole_lines(int64_t floats) {
+  return (floats + 15) / 16 * 16;
+}
+
 /* The rows of a block's matrices for element e: short tiles have no point -3/2, that is none with p or q = 4. */
 static inline void winograd_rows(const winograd_block *b, int e, int *first, int *last) {
   int p = e / SIDE, q = e % SIDE;
@@ -192,10 +197,12 @@ void KERNEL(winograd_take_gradient)(const winograd_map *dy, const winograd_block
 
 /* ---- kernels: w (O, 3, 3, I) ---- */
 
-/* u[e][panel of O][i][column], or turned by 180 degrees and with the channels' roles changed: u[e][panel of
- * I][o][column]. Panels first ... last-1, u begins with the first; streams: past the caches. */
-void KERNEL(winograd_take_kernel)(const float *w, int64_t out, int64_t in, bool turned, int64_t first, int64_t last,
-                                  float *u, int64_t matrix_step, bool streams);
+/* u[e][i][column] of one panel of O, or turned by 180 degrees and with the channels' roles changed: u[e][o][column] of
+ * one panel of I. All elements, perhaps past the caches; or those of one row, e = 6*row + q, as u[q]. */
+void KERNEL(winograd_take_kernel)(const float *w, int64_t out, int64_t in, bool turned, int64_t panel, float *u,
+                                  int64_t matrix_step, bool streams);
+void KERNEL(winograd_take_kernel_row)(const float *w, int64_t out, int64_t in, bool turned, int64_t panel, int row,
+                                      float *u, int64_t matrix_step);
 /* dw from du[e][i][o], the sum of `parts` such, for `rows` input and `columns` output channels; w points to the first.
  */
 void KERNEL(winograd_give_kernel)(const float *du, int64_t row_step, int64_t matrix_step, int parts, int64_t part_step,

@@ -1,19 +1,21 @@
 /* winograd_forward.c: Winograd's convolution forward, and its data gradient, which is the same with the kernel turned.
  *
  * A block of tiles is transformed, multiplied and transformed back before the next one, so that what stands between
- * stays in the second cache. Threads share out blocks; or, where these are few, output channels. Which it is changes no
- * bit: blocks, and the chunks of moments that are made of them, hang on sizes alone. */
+ * stays in the second cache. Threads share out blocks; or, where these are few, output channels. Then a kernel that is
+ * large and used once is transformed a row of elements and a panel at a time, just before it is multiplied, and is
+ * nowhere in memory as a whole. Which it is changes no bit: blocks, and the chunks of moments that are made of them,
+ * hang on sizes alone. */
 #include <omp.h>
 
 #include "cpu/kernels/product.h"
 #include "cpu/kernels/winograd.h"
 
 enum {
-  FEW_CHANNELS = 128,        /* up to these a block is small, and its matrices stay in the second cache */
-  SMALL_BLOCK = 28,          /* tiles */
-  LARGE_BLOCK = 112,         /* so many that a kernel larger than the cache is worth reading */
-  STREAMED_MAP = 1 << 22,    /* bytes of a map that is written past the caches */
-  STREAMED_KERNEL = 1 << 22, /* bytes of a transformed kernel */
+  FEW_CHANNELS = 128,     /* up to these a block is small, and its matrices stay in the second cache */
+  SMALL_BLOCK = 28,       /* tiles */
+  LARGE_BLOCK = 112,      /* so many that a kernel larger than the cache is worth reading */
+  STREAMED_MAP = 1 << 22, /* bytes of a map that is written past the caches */
+  LARGE_KERNEL = 1 << 22, /* bytes of a transformed kernel that goes past the caches, or is made by rows */
 };
 
 typedef struct {
@@ -28,11 +30,29 @@ typedef struct {
   int64_t out, panels;
   int64_t tiles, blocks, chunks;                                   /* tiles of a block; chunks of moments */
   int64_t v_row, v_matrix, m_row, m_matrix, u_matrix, block_bytes; /* steps in floats; bytes of a block's description */
-  bool by_channels;
+  bool by_channels, by_rows;                                       /* the latter only with the former */
 } forward_plan;
 
-/* Sizes of group 0; pointers are set later. */
-static forward_plan make_plan(conv_direction direction, const conv_geometry *g, int threads) {
+/* Floats of the pieces of scratch: the kernel, whole, or a row of a panel's for each thread; maps by blocks, or one for
+ * each thread; sums, one for each thread, or by rows one for each of its blocks. */
+static int64_t u_size(const forward_plan *p) {
+  return whole_lines(ELEMENTS * p->u_matrix);
+}
+static int64_t row_matrix(const forward_plan *p) {
+  return PANEL * p->x.channels + GAP;
+}
+static int64_t u_room(const forward_plan *p, int threads) {
+  return p->by_rows ? threads * whole_lines(SIDE * row_matrix(p)) : u_size(p);
+}
+static int64_t v_size(const forward_plan *p) {
+  return whole_lines(ELEMENTS * p->v_matrix);
+}
+static int64_t m_size(const forward_plan *p) {
+  return whole_lines(ELEMENTS * p->m_matrix);
+}
+
+/* Sizes of group 0; pointers are set later. `kept`: the transformed kernel is. */
+static forward_plan make_plan(conv_direction direction, const conv_geometry *g, int threads, bool kept) {
   bool turned = direction == CONV_BACKWARD_DATA;
   const int64_t *from = turned ? g->result : g->size, *to = turned ? g->size : g->result;
   forward_plan p = {.w_out = g->out, .w_in = g->in, .turned = turned, .out = turned ? g->in : g->out};
@@ -53,35 +73,28 @@ static forward_plan make_plan(conv_direction direction, const conv_geometry *g, 
   p.chunks = divide_up(p.blocks, divide_up(p.blocks, p.chunks));
   p.by_channels = p.chunks % threads != 0 && p.chunks < 4 * threads;
 
+  int64_t own_panels = p.by_channels ? divide_up(p.panels, threads) : p.panels;
   p.v_row = divide_up(p.x.channels, LANES) * LANES + GAP;
   p.v_matrix = p.tiles * p.v_row + GAP;
-  p.m_row = p.panels * PANEL + GAP;
+  p.m_row = own_panels * PANEL + GAP;
   p.m_matrix = p.tiles * p.m_row + GAP;
   p.u_matrix = p.panels * PANEL * p.x.channels + GAP;
+  p.by_rows = p.by_channels && !kept && u_size(&p) * (int64_t)sizeof(float) >= LARGE_KERNEL;
   p.block_bytes = (int64_t)winograd_block_bytes(p.tiles);
   return p;
 }
 
-/* Floats of the pieces of scratch: the kernel; maps by blocks, or one for each thread; sums, one for each thread. */
-static int64_t u_size(const forward_plan *p) {
-  return divide_up(ELEMENTS * p->u_matrix, 16) * 16;
-}
-static int64_t v_size(const forward_plan *p) {
-  return divide_up(ELEMENTS * p->v_matrix, 16) * 16;
-}
-static int64_t m_size(const forward_plan *p) {
-  return divide_up(ELEMENTS * p->m_matrix, 16) * 16;
-}
-
 size_t KERNEL(winograd_packed)(const conv_geometry *g) {
-  forward_plan p = make_plan(CONV_FORWARD, g, 1); /* the kernel is the same for any number of threads */
+  forward_plan p = make_plan(CONV_FORWARD, g, 1, true); /* the kernel is the same for any number of threads */
   return (size_t)(g->groups * u_size(&p)) * sizeof(float);
 }
 
+/* Enough with a kept kernel and without. */
 size_t KERNEL(winograd_forward_scratch)(conv_direction direction, const conv_geometry *g, int threads) {
-  forward_plan p = make_plan(direction, g, threads);
-  int64_t vs = p.by_channels ? p.blocks : threads;
-  return (size_t)(u_size(&p) + vs * v_size(&p) + threads * m_size(&p)) * sizeof(float) + (size_t)(vs * p.block_bytes);
+  forward_plan p = make_plan(direction, g, threads, false);
+  int64_t vs = p.by_channels ? p.blocks : threads, ms = threads * (p.by_rows ? p.blocks : 1);
+  return (size_t)(u_room(&p, threads) + vs * v_size(&p) + ms * m_size(&p)) * sizeof(float) +
+         (size_t)(vs * p.block_bytes);
 }
 
 static void cut_block(const forward_plan *p, int64_t k, winograd_block *block) {
@@ -97,20 +110,26 @@ static void count_pixels(const winograd_block *block, bool begins, int64_t chann
     counts[c] = (begins ? 0 : counts[c]) + (float)pixels_in_map;
 }
 
-/* The block's outputs of panels first ... last-1. */
-static void finish_block(const forward_plan *p, const winograd_block *block, int64_t k, int64_t first, int64_t last,
-                         const float *v, float *m) {
-  int64_t depth = p->x.channels, channel = first * PANEL, columns = smaller(p->out, last * PANEL) - channel;
-  for (int e = 0; e < ELEMENTS; e++) {
+/* m[e][row][column] of a block's tiles for elements first ... last-1 and `panels` panels. u begins with the first
+ * element and panel. */
+static void multiply(const forward_plan *p, const winograd_block *block, int first, int last, int64_t panel,
+                     int64_t panels, const float *u, int64_t u_matrix, const float *v, float *m) {
+  int64_t depth = p->x.channels;
+  for (int e = first; e < last; e++) {
     int low, high;
     winograd_rows(block, e, &low, &high);
-    for (int64_t panel = first; panel < last && high > low; panel++) {
+    for (int64_t k = 0; k < panels && high > low; k++)
       KERNEL(winograd_product)
-      (false, high - low, depth, v + e * p->v_matrix + low * p->v_row, p->v_row,
-       p->u + e * p->u_matrix + panel * PANEL * depth, p->out - panel * PANEL,
-       m + e * p->m_matrix + low * p->m_row + (panel - first) * PANEL, p->m_row, false);
-    }
+    (false, high - low, depth, v + e * p->v_matrix + low * p->v_row, p->v_row,
+     u + (e - first) * u_matrix + k * PANEL * depth, p->out - (panel + k) * PANEL,
+     m + e * p->m_matrix + low * p->m_row + k * PANEL, p->m_row, false);
   }
+}
+
+/* The outputs of block k, of panels first ... last-1. */
+static void give(const forward_plan *p, const winograd_block *block, int64_t k, int64_t first, int64_t last,
+                 const float *m) {
+  int64_t channel = first * PANEL, columns = smaller(p->out, last * PANEL) - channel;
   winograd_result y = p->y;
   int64_t of_chunk = divide_up(p->blocks, p->chunks);
   y.begins = k % of_chunk == 0;
@@ -121,22 +140,43 @@ static void finish_block(const forward_plan *p, const winograd_block *block, int
   KERNEL(winograd_give)(&y, block, channel, columns, m, p->m_row, p->m_matrix);
 }
 
-static void take_kernel(const forward_plan *p, int64_t panel) {
-  bool streams = STREAMS && u_size(p) * (int64_t)sizeof(float) >= STREAMED_KERNEL;
-  KERNEL(winograd_take_kernel)
-  (p->w, p->w_out, p->w_in, p->turned, panel, panel + 1, p->u + panel * PANEL * p->x.channels, p->u_matrix, streams);
+static void finish_block(const forward_plan *p, const winograd_block *block, int64_t k, int64_t first, int64_t last,
+                         const float *v, float *m) {
+  multiply(p, block, 0, ELEMENTS, first, last - first, p->u + first * PANEL * p->x.channels, p->u_matrix, v, m);
+  give(p, block, k, first, last, m);
+}
+
+static const winograd_block *block_at(const forward_plan *p, const char *blocks, int64_t k) {
+  return (const winograd_block *)(blocks + k * p->block_bytes);
+}
+
+/* All blocks' outputs of panels first ... last-1, the kernel made by rows; m by blocks. */
+static void finish_by_rows(const forward_plan *p, const char *blocks, int64_t first, int64_t last, float *u,
+                           const float *vs, float *m) {
+  for (int row = 0; row < SIDE; row++)
+    for (int64_t panel = first; panel < last; panel++) {
+      KERNEL(winograd_take_kernel_row)(p->w, p->w_out, p->w_in, p->turned, panel, row, u, row_matrix(p));
+      for (int64_t k = 0; k < p->blocks; k++)
+        multiply(p, block_at(p, blocks, k), row * SIDE, (row + 1) * SIDE, panel, 1, u, row_matrix(p),
+                 vs + k * v_size(p), m + k * m_size(p) + (panel - first) * PANEL);
+    }
+  for (int64_t k = 0; k < p->blocks && last > first; k++)
+    give(p, block_at(p, blocks, k), k, first, last, m + k * m_size(p));
 }
 
 static void run_group(const forward_plan *p, int threads, float *scratch) {
   float *vs = scratch, *ms = vs + (p->by_channels ? p->blocks : threads) * v_size(p);
-  char *blocks = (char *)(ms + threads * m_size(p));
+  int64_t own_ms = p->by_rows ? p->blocks : 1;
+  char *blocks = (char *)(ms + threads * own_ms * m_size(p));
 #pragma omp parallel num_threads(threads)
   {
     int me = omp_get_thread_num(), all = omp_get_num_threads();
-    float *m = ms + me * m_size(p);
+    float *m = ms + me * own_ms * m_size(p);
+    bool streams = STREAMS && u_size(p) * (int64_t)sizeof(float) >= LARGE_KERNEL;
 #pragma omp for schedule(static)
-    for (int64_t panel = 0; panel < (p->is_transformed ? 0 : p->panels); panel++)
-      take_kernel(p, panel);
+    for (int64_t panel = 0; panel < (p->by_rows || p->is_transformed ? 0 : p->panels); panel++)
+      KERNEL(winograd_take_kernel)
+    (p->w, p->w_out, p->w_in, p->turned, panel, p->u + panel * PANEL * p->x.channels, p->u_matrix, streams);
     if (p->by_channels) {
       for (int64_t k = 0; k < p->blocks; k++) {
         winograd_block *block = (winograd_block *)(blocks + k * p->block_bytes);
@@ -148,8 +188,10 @@ static void run_group(const forward_plan *p, int threads, float *scratch) {
       }
 #pragma omp barrier
       int64_t first = p->panels * me / all, last = p->panels * (me + 1) / all;
-      for (int64_t k = 0; k < p->blocks && last > first; k++)
-        finish_block(p, (winograd_block *)(blocks + k * p->block_bytes), k, first, last, vs + k * v_size(p), m);
+      if (p->by_rows)
+        finish_by_rows(p, blocks, first, last, p->u + me * whole_lines(SIDE * row_matrix(p)), vs, m);
+      for (int64_t k = 0; k < (p->by_rows ? 0 : p->blocks) && last > first; k++)
+        finish_block(p, block_at(p, blocks, k), k, first, last, vs + k * v_size(p), m);
     } else {
       winograd_block *block = (winograd_block *)(blocks + me * p->block_bytes);
       float *v = vs + me * v_size(p);
@@ -167,7 +209,7 @@ static void run_group(const forward_plan *p, int threads, float *scratch) {
 
 void KERNEL(winograd_forward)(conv_direction direction, const winograd_operands *o, int threads, void *scratch) {
   const conv_geometry *g = o->g;
-  forward_plan p = make_plan(direction, g, threads);
+  forward_plan p = make_plan(direction, g, threads, o->packed);
   const float *x = p.turned ? o->y : o->x, *bias = o->after.bias, *residual = o->after.residual;
   float *y = p.turned ? o->x : o->y, *u = o->packed ? o->packed->memory : scratch;
   p.x.relu = o->relu_x;
@@ -190,6 +232,6 @@ void KERNEL(winograd_forward)(conv_direction direction, const winograd_operands 
     p.y.bias = bias ? bias + k * p.out : NULL;
     p.y.residual = residual ? residual + k * p.out : NULL;
     p.y.moments = o->moments ? o->moments + k * p.out : NULL;
-    run_group(&p, threads, (float *)scratch + u_size(&p));
+    run_group(&p, threads, (float *)scratch + (o->packed ? 0 : u_room(&p, threads)));
   }
 }

@@ -2,76 +2,118 @@
 #include "cpu/kernels/product.h"
 #include "cpu/kernels/winograd.h"
 
-enum { TAPS = 9 };
+enum { TAPS = 9, AHEAD = 6 /* kernels */ };
 
-static ALWAYS_INLINE void elements_of(const float_lanes *g, float_lanes *u) {
+/* All elements, or those of one row. */
+enum { ALL_ROWS = SIDE };
+#define ELEMENTS_IN(row) ((row) == ALL_ROWS ? ELEMENTS : SIDE)
+
+static ALWAYS_INLINE void elements_of(const float_lanes *g, const int row, float_lanes *u) {
   float_lanes done[3 * SIDE];
 #pragma GCC unroll 3
   for (int s = 0; s < 3; s++)
     winograd_kernel(g + s, 3, done + s, 3);
+  if (row < ALL_ROWS) {
+    winograd_kernel(done + row * 3, 1, u, 1);
+    return;
+  }
 #pragma GCC unroll 6
   for (int p = 0; p < SIDE; p++)
     winograd_kernel(done + p * 3, 1, u + p * SIDE, 1);
 }
 
-static ALWAYS_INLINE void store_panel(float *to, int64_t matrix_step, const float_lanes *u, bool streams) {
+/* The taps that a row's elements hang on: the first row's on the first three, the last one's on the last three. */
+static ALWAYS_INLINE bool needs_tap(const int row, int tap) {
+  return row == 0 ? tap < 3 : row == SIDE - 1 ? tap >= 6 : true;
+}
+
+static ALWAYS_INLINE void store_panel(float *to, int64_t matrix_step, const float_lanes *u, const int count,
+                                      bool streams) {
 #pragma GCC unroll 36
-  for (int e = 0; e < ELEMENTS; e++)
+  for (int e = 0; e < count; e++)
     if (streams)
       stream_lanes(to + e * matrix_step, u[e]);
     else
       store_lanes(to, e * matrix_step, u[e], false);
 }
 
+typedef void take(const float *w, int64_t out, int64_t in, int64_t panel, float *u, int64_t matrix_step, bool streams);
+
 /* Columns are output channels: taps of LANES kernels are turned so that they stand side by side. */
-static void take_columns(const float *w, int64_t out, int64_t in, int64_t o, float *u, int64_t matrix_step,
-                         bool streams) {
+static ALWAYS_INLINE void take_columns(const int row, const float *w, int64_t out, int64_t in, int64_t panel, float *u,
+                                       int64_t matrix_step, bool streams) {
   static const float zeros[TAPS * LANES];
   _Alignas(64) float taps[TAPS][LANES][LANES];
-  for (int64_t i = 0; i < in; i += LANES) {
-    int64_t count = smaller(LANES, in - i);
-    for (int tap = 0; tap < TAPS; tap++) {
-      const float *rows[LANES];
-      for (int64_t k = 0; k < LANES; k++)
-        rows[k] = o + k < out ? w + ((o + k) * TAPS + tap) * in + i : zeros;
-      turn_rows_float(LANES, count, rows, taps[tap][0], LANES);
-    }
-    for (int64_t k = 0; k < count; k++) {
-      float_lanes g[TAPS], elements[ELEMENTS];
+  for (int64_t o = panel * PANEL; o < (panel + 1) * PANEL; o += LANES, u += LANES)
+    for (int64_t i = 0; i < in; i += LANES) {
+      int64_t count = smaller(LANES, in - i);
+      for (int tap = 0; tap < TAPS; tap++) {
+        const float *rows[LANES];
+        if (!needs_tap(row, tap))
+          continue;
+        for (int64_t k = 0; k < LANES; k++)
+          rows[k] = o + k < out ? w + ((o + k) * TAPS + tap) * in + i : zeros;
+        turn_rows_float(LANES, count, rows, taps[tap][0], LANES);
+      }
+      for (int64_t k = 0; k < count; k++) {
+        float_lanes g[TAPS], elements[ELEMENTS];
 #pragma GCC unroll 9
-      for (int tap = 0; tap < TAPS; tap++)
-        g[tap] = load_lanes(taps[tap][k], 0, false);
-      elements_of(g, elements);
-      store_panel(u + (i + k) * PANEL, matrix_step, elements, streams);
+        for (int tap = 0; tap < TAPS; tap++)
+          g[tap] = needs_tap(row, tap) ? load_lanes(taps[tap][k], 0, false) : (float_lanes){0};
+        elements_of(g, row, elements);
+        store_panel(u + (i + k) * PANEL, matrix_step, elements, ELEMENTS_IN(row), streams);
+      }
     }
-  }
 }
 
 /* Columns are input channels, which stand side by side; the kernel is turned. */
-static void take_turned(const float *w, int64_t out, int64_t in, int64_t i, float *u, int64_t matrix_step,
-                        bool streams) {
-  int64_t count = i < in ? smaller(LANES, in - i) : 0;
-  for (int64_t o = 0; o < out; o++) {
-    float_lanes g[TAPS], elements[ELEMENTS];
+static ALWAYS_INLINE void take_turned(const int row, const float *w, int64_t out, int64_t in, int64_t panel, float *u,
+                                      int64_t matrix_step, bool streams) {
+  for (int64_t o = 0; o < out; o++)
+    for (int half = 0; half < 2; half++) {
+      int64_t i = panel * PANEL + half * LANES, count = i < in ? smaller(LANES, in - i) : 0;
+      float_lanes g[TAPS], elements[ELEMENTS];
 #pragma GCC unroll 9
-    for (int tap = 0; tap < TAPS; tap++) {
-      const float *from = w + (o * TAPS + TAPS - 1 - tap) * in + i;
-      g[tap] = count == LANES ? load_lanes(from, 0, false) : count ? load_first_lanes(from, count) : (float_lanes){0};
+      for (int tap = 0; tap < TAPS; tap++) {
+        const float *from = w + (o * TAPS + TAPS - 1 - tap) * in + i;
+        bool loads = needs_tap(row, tap) && count;
+        g[tap] = !loads           ? (float_lanes){0}
+                 : count == LANES ? load_lanes(from, 0, false)
+                                  : load_first_lanes(from, count);
+        __builtin_prefetch(from + AHEAD * TAPS * in);
+      }
+      elements_of(g, row, elements);
+      store_panel(u + o * PANEL + half * LANES, matrix_step, elements, ELEMENTS_IN(row), streams);
     }
-    elements_of(g, elements);
-    store_panel(u + o * PANEL, matrix_step, elements, streams);
-  }
 }
 
-void KERNEL(winograd_take_kernel)(const float *w, int64_t out, int64_t in, bool turned, int64_t first, int64_t last,
-                                  float *u, int64_t matrix_step, bool streams) {
-  int64_t depth = turned ? out : in;
-  for (int64_t panel = first; panel < last; panel++)
-    for (int half = 0; half < 2; half++) {
-      int64_t column = panel * PANEL + half * LANES;
-      float *to = u + (panel - first) * PANEL * depth + half * LANES;
-      (turned ? take_turned : take_columns)(w, out, in, column, to, matrix_step, streams);
-    }
+#define TAKE(name, way, row)                                                                                           \
+  static void name(const float *w, int64_t out, int64_t in, int64_t panel, float *u, int64_t matrix_step,              \
+                   bool streams) {                                                                                     \
+    way(row, w, out, in, panel, u, matrix_step, streams);                                                              \
+  }
+#define TAKE_ROWS(way)                                                                                                 \
+  TAKE(way##_0, way, 0)                                                                                                \
+  TAKE(way##_1, way, 1)                                                                                                \
+  TAKE(way##_2, way, 2)                                                                                                \
+  TAKE(way##_3, way, 3)                                                                                                \
+  TAKE(way##_4, way, 4)                                                                                                \
+  TAKE(way##_5, way, 5)                                                                                                \
+  TAKE(way##_all, way, ALL_ROWS)                                                                                       \
+  static take *const way##_rows[] = {way##_0, way##_1, way##_2, way##_3, way##_4, way##_5, way##_all};
+TAKE_ROWS(take_columns)
+TAKE_ROWS(take_turned)
+#undef TAKE_ROWS
+#undef TAKE
+
+void KERNEL(winograd_take_kernel)(const float *w, int64_t out, int64_t in, bool turned, int64_t panel, float *u,
+                                  int64_t matrix_step, bool streams) {
+  (turned ? take_turned_rows : take_columns_rows)[ALL_ROWS](w, out, in, panel, u, matrix_step, streams);
+}
+
+void KERNEL(winograd_take_kernel_row)(const float *w, int64_t out, int64_t in, bool turned, int64_t panel, int row,
+                                      float *u, int64_t matrix_step) {
+  (turned ? take_turned_rows : take_columns_rows)[row](w, out, in, panel, u, matrix_step, false);
 }
 
 /* du[e][i][o]; LANES of each at a time. */

@@ -24,16 +24,12 @@ typedef struct {
   winograd_tiling tiling;
   float *dw;
   int64_t in, out, panels, tiles, blocks;
-  int64_t v_row, v_matrix, z_matrix, sum_row, sum_matrix; /* steps in floats */
+  int64_t v_row, v_matrix, z_matrix, sum_matrix; /* steps in floats */
   int64_t v_size, z_size, sum_size, block_bytes;
   int64_t rows, columns; /* of a rectangle, columns in panels */
   bool by_tiles;
   int threads;
 } weight_plan;
-
-static int64_t whole_lines(int64_t floats) {
-  return divide_up(floats, 16) * 16;
-}
 
 static weight_plan make_plan(const conv_geometry *g, int threads) {
   weight_plan p = {.in = g->in, .out = g->out};
@@ -57,7 +53,6 @@ static weight_plan make_plan(const conv_geometry *g, int threads) {
   p.v_row = divide_up(p.in, LANES) * LANES + GAP;
   p.v_matrix = p.tiles * p.v_row + GAP;
   p.z_matrix = p.tiles * p.panels * PANEL + GAP;
-  p.sum_row = p.columns * PANEL; /* [panel][row][column]: a panel is sum_row / columns wide */
   p.sum_matrix = p.rows * p.columns * PANEL + GAP;
   p.v_size = whole_lines(ELEMENTS * p.v_matrix);
   p.z_size = whole_lines(ELEMENTS * p.z_matrix);
