@@ -261,7 +261,7 @@ static orepa_tensor *conv2d_recorded(orepa_tensor *const given[3], const conv_pa
   return y;
 }
 
-/* y, which is given up, + residual, then the ReLU. */
+/* y, which is given up, + residual, then the ReLU; NULL if y is, or with a message. */
 static orepa_tensor *followed(orepa_tensor *y, orepa_tensor *residual, bool relu) {
   orepa_tensor *sum = y && residual ? orepa_add(y, residual) : y;
   if (y != sum)
@@ -289,20 +289,17 @@ orepa_tensor *orepa_conv2d_add(orepa_tensor *x, orepa_tensor *weight, orepa_tens
   int64_t shape[4];
   if (op_autocast(3, given, cast))
     return NULL;
-  bool fuses = !autograd_wanted((orepa_tensor *[]){x, weight, bias, residual}, 4);
-  if (op_same_kind("conv2d", 3, cast, argument_names) || conv_shape(cast[0], cast[1], cast[2], conv, shape)) {
-    residual = NULL;
-    relu = false;
-  } else if (fuses && (!residual || is_like_result(residual, cast[0], shape))) {
+  bool valid = !op_same_kind("conv2d", 3, cast, argument_names) && !conv_shape(cast[0], cast[1], cast[2], conv, shape);
+  bool fuses = valid && !autograd_wanted((orepa_tensor *[]){x, weight, bias, residual}, 4) &&
+               (!residual || is_like_result(residual, cast[0], shape));
+  if (fuses) {
     y = conv2d_fused((orepa_tensor *[]){cast[0], cast[1], cast[2], residual}, relu, conv, shape);
-    residual = NULL;
-    relu = false;
-  } else {
+  } else if (valid) {
     conv_payload payload = {*conv, gradient_type(weight, cast[1]), gradient_type(bias, cast[2])};
     y = conv2d_recorded(cast, &payload, shape);
   }
   op_release_all(3, cast);
-  return followed(y, residual, relu);
+  return fuses ? y : followed(y, residual, relu);
 }
 
 orepa_tensor *orepa_conv2d(orepa_tensor *x, orepa_tensor *weight, orepa_tensor *bias, const orepa_conv *conv) {
