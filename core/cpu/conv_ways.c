@@ -49,7 +49,7 @@ conv_way conv_preferred(conv_direction direction, const conv_geometry *g, conv_w
 
 /* ---- the choice ---- */
 
-enum { WINOGRAD_MARK = 0, PANELS_MARK = -1 }; /* oneDNN's are greater */
+enum { PANELS_MARK = 0, WINOGRAD_MARK = -1 /* minus the groups */ }; /* oneDNN's are greater */
 
 /* By oneDNN, which may have a kernel for the bias alone. */
 static device_status choose_onednn(conv_direction direction, const conv_geometry *g, int follows, conv_choice *choice) {
@@ -86,7 +86,8 @@ device_status conv_choose(conv_direction direction, const conv_geometry *g, int 
     *choice = (conv_choice){.way = way = BY_LOWERING, .follows = follows & FOLLOWED_BY_BIAS};
   }
   if (way == BY_WINOGRAD)
-    *choice = (conv_choice){way, follows, winograd_scratch(direction, g), winograd_packed(g), WINOGRAD_MARK};
+    *choice =
+        (conv_choice){way, follows, winograd_scratch(direction, g), winograd_packed(g), WINOGRAD_MARK - g->groups};
   else if (way == BY_PANELS)
     *choice = (conv_choice){way, follows, conv_panels_scratch(g), conv_panels_packed(g), PANELS_MARK};
   else

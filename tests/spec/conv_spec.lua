@@ -113,6 +113,18 @@ describe("a kept kernel", function()
     end
   end)
 
+  it("serves one and several groups", function()
+    local w = orepa.randn(64, 32, 3, 3)
+    for k = 1, 6 do
+      local groups = k % 2 + 1
+      local x = orepa.randn(2, 32 * groups, 20, 20)
+      orepa.no_grad(function()
+        local function run(kernel) return F.conv2d(x, kernel, { padding = 1, groups = groups }) end
+        assert.is_true(same(twice(run, w), run(w:clone())))
+      end)
+    end
+  end)
+
   it("is kept from the second time on and goes with a write, or with the kernel", function()
     local x, w = orepa.randn(2, 32, 20, 20), orepa.randn(64, 32, 3, 3)
     local function live_after(f)
