@@ -121,9 +121,7 @@ end
 
 local function named(num_blocks, residual)
   return function(o)
-    local all = { num_blocks = num_blocks, residual = residual }
-    for key, value in pairs(o) do all[key] = value end
-    return ResNet(all)
+    return ResNet(options.with({ num_blocks = num_blocks, residual = residual }, o))
   end
 end
 

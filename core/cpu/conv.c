@@ -79,7 +79,7 @@ typedef struct {
 } conv_work;
 
 static bool is_strided_point(const conv_geometry *g) {
-  return conv_is_point(g) && (g->stride[0] > 1 || g->stride[1] > 1 || g->padding[0] || g->padding[1]);
+  return conv_is_point(g) && !conv_is_matrix(g);
 }
 
 /* The same with the points as its map. */

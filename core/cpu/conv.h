@@ -35,6 +35,19 @@ static inline bool conv_is_point(const conv_geometry *g) {
   return g->kernel[0] == 1 && g->kernel[1] == 1;
 }
 
+/* A 1x1 that sees every pixel once: the map is the matrix of its patches. */
+static inline bool conv_is_matrix(const conv_geometry *g) {
+  return conv_is_point(g) && g->stride[0] == 1 && g->stride[1] == 1 && !g->padding[0] && !g->padding[1];
+}
+
+/* The matrix of patches under one group's kernel: a row for each output pixel, a number for each tap and channel. */
+static inline int64_t conv_rows(const conv_geometry *g) {
+  return g->batch * pixels(g->result);
+}
+static inline int64_t conv_depth(const conv_geometry *g) {
+  return pixels(g->kernel) * g->in;
+}
+
 /* What follows the forward pass: act(y + bias + residual), dense, of the map's type; NULL: absent. Ways differ in how
  * much of it they do, a set of FOLLOWED_BY_*. The ReLU of NaN may be 0. */
 typedef struct {

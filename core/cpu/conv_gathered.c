@@ -7,18 +7,10 @@
 
 enum { MOST_BYTES = 1 << 24 }; /* of a matrix of patches: larger ones leave the caches for too long */
 
-static int64_t rows_of(const conv_geometry *g) {
-  return g->batch * pixels(g->result);
-}
-
-static int64_t depth_of(const conv_geometry *g) {
-  return pixels(g->kernel) * g->in;
-}
-
 bool conv_gathered_suits(conv_direction direction, const conv_geometry *g) {
   if (direction != CONV_BACKWARD_WEIGHT || g->dtype != OREPA_BFLOAT16 || g->groups != 1 || conv_is_point(g))
     return false;
-  int64_t rows = rows_of(g), depth = depth_of(g), bytes = rows * depth * (int64_t)sizeof(uint16_t);
+  int64_t rows = conv_rows(g), depth = conv_depth(g), bytes = rows * depth * (int64_t)sizeof(uint16_t);
   return g->out >= 64 && rows <= depth && bytes <= MOST_BYTES && onednn_has_tiles();
 }
 
@@ -27,14 +19,14 @@ static onednn_matmul_shape product_of(const conv_geometry *g) {
                                .result = g->kernel_dtype,
                                .batch = 1,
                                .m = g->out,
-                               .n = depth_of(g),
-                               .k = rows_of(g),
+                               .n = conv_depth(g),
+                               .k = conv_rows(g),
                                .a_strides = {0, 1, g->out},
-                               .b_strides = {0, depth_of(g), 1}};
+                               .b_strides = {0, conv_depth(g), 1}};
 }
 
 static size_t patches_bytes(const conv_geometry *g) {
-  return ((size_t)(rows_of(g) * depth_of(g)) * sizeof(uint16_t) + 63) / 64 * 64;
+  return ((size_t)(conv_rows(g) * conv_depth(g)) * sizeof(uint16_t) + 63) / 64 * 64;
 }
 
 device_status conv_gathered_scratch(const conv_geometry *g, size_t *bytes) {
@@ -46,6 +38,6 @@ device_status conv_gathered_scratch(const conv_geometry *g, size_t *bytes) {
 
 device_status conv_gathered(const conv_geometry *g, const void *x, void *dw, void *dy, void *scratch) {
   onednn_matmul_shape shape = product_of(g);
-  conv_gather(g, sizeof(uint16_t), x, 0, g->batch * g->result[0], depth_of(g), scratch);
+  conv_gather(g, sizeof(uint16_t), x, 0, g->batch * g->result[0], conv_depth(g), scratch);
   return onednn_matmul(&shape, dy, scratch, NULL, dw, (char *)scratch + patches_bytes(g));
 }

@@ -219,9 +219,8 @@ typedef struct {
 } lowering;
 
 static lowering lowering_of(const conv_geometry *g) {
-  lowering l = {.lines = g->batch * g->result[0], .depth = pixels(g->kernel) * g->in};
-  l.direct =
-      conv_is_point(g) && g->groups == 1 && g->stride[0] == 1 && g->stride[1] == 1 && !g->padding[0] && !g->padding[1];
+  lowering l = {.lines = g->batch * g->result[0], .depth = conv_depth(g)};
+  l.direct = conv_is_matrix(g) && g->groups == 1;
   l.step = l.direct || l.depth % BAD_STEP ? l.depth : l.depth + GAP;
   int64_t most = larger(2, omp_get_max_threads()) * CHUNK / (l.step * g->result[1]);
   l.chunk = l.direct ? l.lines : smaller(l.lines, larger(1, most));
@@ -256,7 +255,7 @@ static void gather_patch(const conv_geometry *g, int64_t element, conv_window do
 
 void conv_gather(const conv_geometry *g, size_t element, const void *x, int64_t first, int64_t last, int64_t step,
                  void *matrix) {
-  int64_t width = g->result[1], depth = pixels(g->kernel) * g->in, bytes = (int64_t)element;
+  int64_t width = g->result[1], depth = conv_depth(g), bytes = (int64_t)element;
   int64_t image = pixels(g->size) * g->groups * g->in * bytes;
 #pragma omp parallel for schedule(static) if ((last - first) * width * depth >= PARALLEL_FROM)
   for (int64_t line = first; line < last; line++) {

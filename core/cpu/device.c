@@ -26,13 +26,7 @@ void cpu_avx2_install(orepa_device *device);
 void cpu_avx512_install(orepa_device *device);
 #endif
 
-static void (*const installs[CPU_ISAS])(orepa_device *) = {
-    [CPU_BASE] = cpu_base_install,
-#ifdef OREPA_X86
-    [CPU_AVX2] = cpu_avx2_install,
-    [CPU_AVX512] = cpu_avx512_install,
-#endif
-};
+static void (*const installs[CPU_ISAS])(orepa_device *) = CPU_EACH_ISA(, install);
 
 static void *allocate(device_context *context, size_t bytes) {
   (void)context;

@@ -9,13 +9,7 @@ double cpu_avx2_fma_chains(int64_t steps, float *value);
 double cpu_avx512_fma_chains(int64_t steps, float *value);
 #endif
 
-static double (*const chains[CPU_ISAS])(int64_t steps, float *value) = {
-    [CPU_BASE] = cpu_base_fma_chains,
-#ifdef OREPA_X86
-    [CPU_AVX2] = cpu_avx2_fma_chains,
-    [CPU_AVX512] = cpu_avx512_fma_chains,
-#endif
-};
+static double (*const chains[CPU_ISAS])(int64_t steps, float *value) = CPU_EACH_ISA(, fma_chains);
 
 /* Operations a second of one round on all threads. */
 static double round_rate(int threads, int64_t steps) {

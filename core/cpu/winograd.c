@@ -4,13 +4,7 @@
 #include <omp.h>
 
 const winograd_kernels *winograd_kernels_for(cpu_isa isa) {
-  static const winograd_kernels *const all[CPU_ISAS] = {
-      [CPU_BASE] = &cpu_base_winograd,
-#ifdef OREPA_X86
-      [CPU_AVX2] = &cpu_avx2_winograd,
-      [CPU_AVX512] = &cpu_avx512_winograd,
-#endif
-  };
+  static const winograd_kernels *const all[CPU_ISAS] = CPU_EACH_ISA(&, winograd);
   return cpu_isa_available(isa) ? all[isa] : NULL;
 }
 

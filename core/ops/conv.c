@@ -228,14 +228,19 @@ static orepa_tensor *conv_forward(orepa_tensor *x, const conv_rest *rest, const 
 
 static const char *const argument_names[] = {"input", "kernel", "bias"};
 
+/* New references for those that are not NULL; -1 and a message, and some of them made. */
+static int all_dense(int count, orepa_tensor *const *given, orepa_tensor **dense) {
+  for (int k = 0; k < count; k++)
+    if (given[k] && !(dense[k] = op_dense(given[k])))
+      return -1;
+  return 0;
+}
+
 /* Without a graph, all at once; NULL with a message. `given` is x, kernel, bias, residual. */
 static orepa_tensor *conv2d_fused(orepa_tensor *const given[4], bool relu, const orepa_conv *conv,
                                   const int64_t *shape) {
   orepa_tensor *dense[4] = {NULL}, *y = NULL;
-  bool failed = false;
-  for (int k = 0; k < 4 && !failed; k++)
-    failed = given[k] && !(dense[k] = op_dense(given[k]));
-  if (!failed)
+  if (!all_dense(4, given, dense))
     y = conv_forward(dense[0], &(conv_rest){dense[1], dense[2], dense[3], relu, true}, conv, shape);
   op_release_all(4, dense);
   return y;
@@ -245,10 +250,7 @@ static orepa_tensor *conv2d_fused(orepa_tensor *const given[4], bool relu, const
 static orepa_tensor *conv2d_recorded(orepa_tensor *const given[3], const conv_payload *payload, const int64_t *shape) {
   orepa_tensor *dense[3] = {NULL}, *y = NULL;
   autograd_node *node = NULL;
-  bool failed = false;
-  for (int k = 0; k < 3 && !failed; k++)
-    failed = given[k] && !(dense[k] = op_dense(given[k]));
-  if (!failed)
+  if (!all_dense(3, given, dense))
     y = conv_forward(dense[0], &(conv_rest){.weight = dense[1], .bias = dense[2]}, &payload->conv, shape);
   if (y && autograd_record(&conv_op, y, given, 3, 2, sizeof *payload, &node))
     y = tensor_fail(y);

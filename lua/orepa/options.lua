@@ -5,6 +5,14 @@ local core = require "orepa.core"
 
 local options = { required = {}, optional = {} }
 
+-- A copy of a table with some more in it.
+function options.with(given, more)
+  local all = {}
+  for key, value in pairs(given) do all[key] = value end
+  for key, value in pairs(more) do all[key] = value end
+  return all
+end
+
 local function names(known)
   local list = {}
   for name in pairs(known) do list[#list + 1] = name end

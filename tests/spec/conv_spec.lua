@@ -2,6 +2,7 @@
 
 local orepa = require "orepa"
 local models = require "orepa.models"
+local with = require("orepa.options").with
 local fails = require "tests.spec.fails"
 local F = orepa.F
 
@@ -27,13 +28,6 @@ local geometries = {
   { { 3, 64, 2, 2 }, { 64, 64, 3, 3 }, { padding = 1 } },
   { { 2, 32, 12, 12 }, { 32, 8, 3, 3 }, { padding = 1, groups = 4 } },
 }
-
-local function with(options, more)
-  local all = {}
-  for key, value in pairs(options) do all[key] = value end
-  for key, value in pairs(more) do all[key] = value end
-  return all
-end
 
 describe("conv2d with add and act", function()
   it("is the sum and the ReLU of the convolution, with gradients and without", function()

@@ -38,7 +38,8 @@ typedef struct {
 } winograd_tiling;
 
 winograd_tiling KERNEL(winograd_tiling_of)(int64_t batch, const int64_t size[2]);
-void KERNEL(winograd_cut)(const winograd_tiling *tiling, int64_t first, int64_t count, winograd_block *block);
+/* Block `number` of a cut into blocks of so many tiles; the last has what is left. */
+void KERNEL(winograd_cut)(const winograd_tiling *tiling, int64_t tiles, int64_t number, winograd_block *block);
 
 static inline size_t winograd_block_bytes(int64_t tiles) {
   return (sizeof(winograd_block) + (size_t)tiles * sizeof(winograd_tile) + 63) / 64 * 64;

@@ -97,11 +97,6 @@ size_t KERNEL(winograd_forward_scratch)(conv_direction direction, const conv_geo
          (size_t)(vs * p.block_bytes);
 }
 
-static void cut_block(const forward_plan *p, int64_t k, winograd_block *block) {
-  int64_t first = k * p->tiles;
-  KERNEL(winograd_cut)(&p->tiling, first, smaller(p->tiles, p->tiling.count - first), block);
-}
-
 static void count_pixels(const winograd_block *block, bool begins, int64_t channels, float *counts) {
   int64_t pixels_in_map = 0;
   for (int k = 0; k < block->count; k++)
@@ -181,7 +176,7 @@ static void run_group(const forward_plan *p, int threads, float *scratch) {
       for (int64_t k = 0; k < p->blocks; k++) {
         winograd_block *block = (winograd_block *)(blocks + k * p->block_bytes);
 #pragma omp single
-        cut_block(p, k, block);
+        KERNEL(winograd_cut)(&p->tiling, p->tiles, k, block);
         KERNEL(winograd_take)
         (&p->x, block, block->count * me / all, block->count * (me + 1) / all, vs + k * v_size(p), p->v_row,
          p->v_matrix);
@@ -198,7 +193,7 @@ static void run_group(const forward_plan *p, int threads, float *scratch) {
       int64_t of_chunk = divide_up(p->blocks, p->chunks);
       for (int64_t k = p->chunks * me / all * of_chunk; k < smaller(p->blocks, p->chunks * (me + 1) / all * of_chunk);
            k++) {
-        cut_block(p, k, block);
+        KERNEL(winograd_cut)(&p->tiling, p->tiles, k, block);
         KERNEL(winograd_take)(&p->x, block, 0, block->count, v, p->v_row, p->v_matrix);
         finish_block(p, block, k, 0, p->panels, v, m);
       }

@@ -1,4 +1,5 @@
 /* winograd_tiles.c: maps cut into tiles, and the transforms of tiles: maps to elements, elements to maps. */
+#include "cpu/kernels/product.h"
 #include "cpu/kernels/winograd.h"
 
 /* ---- cutting ---- */
@@ -32,7 +33,8 @@ static int64_t place(const winograd_axis *a, int64_t k, int64_t size, uint8_t *i
   return start;
 }
 
-void KERNEL(winograd_cut)(const winograd_tiling *tiling, int64_t first, int64_t count, winograd_block *block) {
+void KERNEL(winograd_cut)(const winograd_tiling *tiling, int64_t tiles, int64_t number, winograd_block *block) {
+  int64_t first = number * tiles, count = smaller(tiles, tiling->count - first);
   static const int group_of[2][2] = {{1, 0}, {2, 3}}; /* [short_y][short_x] */
   int64_t across = tiling->axis[1].fours + tiling->axis[1].threes,
           down = tiling->axis[0].fours + tiling->axis[0].threes;
@@ -80,11 +82,6 @@ static inline int64_t lanes_left(int64_t channels, int64_t c) {
   return channels - c < LANES ? channels - c : LANES;
 }
 
-/* NaN stays, and -0: as `value < 0 ? 0 : value`. */
-static ALWAYS_INLINE float_lanes relu_of(float_lanes value) {
-  return (float_lanes)((int_lanes)value & ~(int_lanes)(value < (float_lanes){0}));
-}
-
 /* ---- maps to elements ---- */
 
 /* Offsets of a tile's inputs in the map, -1 outside; whether all are inside. */
@@ -102,7 +99,7 @@ static ALWAYS_INLINE bool offsets_of(const winograd_map *x, const winograd_tile 
 
 static ALWAYS_INLINE float_lanes changed(float_lanes value, float_lanes scale, float_lanes shift, bool relu) {
   value = multiply_add_lanes(scale, value, shift);
-  return relu ? relu_of(value) : value;
+  return relu ? relu_lanes(value) : value;
 }
 
 static ALWAYS_INLINE void
@@ -284,7 +281,7 @@ static ALWAYS_INLINE void give_tile(const bool short_y, const bool short_x, cons
             if (y->residual)
               value += load_first_lanes(y->residual + at, count);
             if (y->relu)
-              value = relu_of(value);
+              value = relu_lanes(value);
             o[r * 4 + s] = value;
           }
           if (y->streams)

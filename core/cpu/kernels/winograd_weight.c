@@ -101,8 +101,7 @@ static void run_by_tiles(const weight_plan *p, float *scratch) {
     float *v = vs + me * p->v_size, *z = zs + me * p->z_size, *sums = all_sums + me * p->sum_size;
     int64_t begin = p->blocks * me / all, end = p->blocks * (me + 1) / all;
     for (int64_t k = begin; k < end; k++) {
-      int64_t first = k * p->tiles;
-      KERNEL(winograd_cut)(&p->tiling, first, smaller(p->tiles, p->tiling.count - first), block);
+      KERNEL(winograd_cut)(&p->tiling, p->tiles, k, block);
       KERNEL(winograd_take)(&p->x, block, 0, block->count, v, p->v_row, p->v_matrix);
       KERNEL(winograd_take_gradient)(&p->dy, block, 0, block->count, z, p->tiles, p->z_matrix);
       multiply_block(p, block, 0, p->in, 0, p->panels, v, z, sums, k > begin);
@@ -119,7 +118,7 @@ static void run_by_channels(const weight_plan *p, float *scratch) {
   int threads = p->threads;
   float *v = scratch, *z = v + p->v_size, *all_sums = z + p->z_size;
   winograd_block *block = (winograd_block *)(all_sums + threads * p->sum_size);
-  KERNEL(winograd_cut)(&p->tiling, 0, p->tiling.count, block);
+  KERNEL(winograd_cut)(&p->tiling, p->tiles, 0, block);
 #pragma omp parallel num_threads(threads)
   {
     int me = omp_get_thread_num(), all = omp_get_num_threads();

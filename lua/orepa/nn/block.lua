@@ -8,7 +8,7 @@ local layers = require "orepa.nn.layers"
 local options = require "orepa.options"
 local reparam = require "orepa.reparam"
 local F, tree, internal = core.F, core.tree, module.internal
-local required, optional = options.required, options.optional
+local required, optional, with = options.required, options.optional, options.with
 
 local KEPT = {} -- the key of a block's folded kernel
 
@@ -22,14 +22,6 @@ local known = {
 }
 
 -- ---- making ----
-
--- A copy of a table with some more in it.
-local function with(given, more)
-  local all = {}
-  for key, value in pairs(given) do all[key] = value end
-  for key, value in pairs(more) do all[key] = value end
-  return all
-end
 
 local function merged(o, description)
   if type(o) ~= "table" or (description ~= nil and type(description) ~= "table") then
