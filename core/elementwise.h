@@ -36,6 +36,7 @@ enum { ELEMENTWISE_MAX_OPERANDS = 3, ELEMENTWISE_MAX_SOURCES = 5 };
   ROW(sqrt, 1, REAL, sqrt(a), NEEDS_Y, dy / (2 * y), NO_GRADIENT, 0, NO_GRADIENT, 0)                                   \
   ROW(exp, 1, REAL, exp(a), NEEDS_Y, dy *y, NO_GRADIENT, 0, NO_GRADIENT, 0)                                            \
   ROW(log, 1, REAL, log(a), NEEDS_A, dy / a, NO_GRADIENT, 0, NO_GRADIENT, 0)                                           \
+  ROW(sigmoid, 1, REAL, 1 / (1 + exp(-a)), NEEDS_Y, dy * y * (1 - y), NO_GRADIENT, 0, NO_GRADIENT, 0)                  \
   ROW(relu, 1, ANY, a<0 ? 0 : a, NEEDS_Y, y> 0 ? dy : 0, NO_GRADIENT, 0, NO_GRADIENT, 0)                               \
   ROW(clamp, 3, ANY, a < b ? b : (a > c ? c : a), NEEDS_A + NEEDS_B + NEEDS_C, a >= b && a <= c ? dy : 0, NO_GRADIENT, \
       0, NO_GRADIENT, 0)                                                                                               \

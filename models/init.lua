@@ -73,7 +73,9 @@ end
 
 document("models.create", [[
   models.create(name, {reparam=, classes=, in_channels=, width=, stem=, deploy=}) -> module
-  A network by name: resnet18, resnet34, resnet50, resnet101, or the family resnet with num_blocks and residual.
+  A network by name: resnet18, resnet34, resnet50, resnet101, resnext50; repvgg_a0, a1, a2, b0, b1, b2, b3, b1g2, b1g4, ...;
+  mobileone_s0 to s4. The families resnet, repvgg and mobileone take num_blocks and width, resnet also residual, cardinality and
+  width_per_group. reparam is none, dbb, orepa or orepa_vgg, in a repvgg also repvgg; mobileone has a mode instead.
   > local models = require "orepa.models"; return models.create("resnet18", {reparam = "orepa", classes = 10, width = 0.125})]])
 document("models.save", [[
   models.save(net, path, meta)
@@ -92,5 +94,7 @@ document("models.register", [[
 
 package.loaded["orepa.models"] = models -- the families below register themselves
 require "orepa.models.resnet"
+require "orepa.models.repvgg"
+require "orepa.models.mobileone"
 
 return models

@@ -1,28 +1,11 @@
--- ResNet-18/34/50/101, plain and re-parameterized: each convolution with its norm is one block, chosen by `reparam` and the
--- kernel's size. Names of modules are those of the reference, so that its checkpoints load by name.
+-- ResNet-18/34/50/101 and ResNeXt-50, plain and re-parameterized: each convolution with its norm is one block, chosen by
+-- `reparam` and the kernel's size. Names of modules are those of the reference, so that its checkpoints load by name.
 
 local orepa = require "orepa"
+local blocks = require "orepa.models.blocks"
 local options = require "orepa.options"
 local models = require "orepa.models"
 local nn, F = orepa.nn, orepa.F
-
--- ---- which block ----
-
-local blocks = {
-  none = function(o) return nn.ConvBN(o) end,
-  orepa = function(o)
-    if o.kernel_size == 1 then return nn.OREPA1x1(o) end
-    return o.kernel_size >= 7 and nn.OREPALargeConv(o) or nn.OREPA(o)
-  end,
-}
-
--- A function conv(in_channels, out_channels, kernel_size, stride, act) that makes blocks of one kind.
-local function block_maker(kind)
-  return function(in_channels, out_channels, kernel_size, stride, act)
-    return blocks[kind] { in_channels = in_channels, out_channels = out_channels, kernel_size = kernel_size,
-      stride = stride, act = act }
-  end
-end
 
 -- ---- residual blocks: the last convolution's norm is followed by the sum, the sum by the ReLU ----
 
@@ -30,29 +13,33 @@ local Basic = nn.Module:extend("Basic")
 Basic.expansion = 1
 
 -- A basic block's shortcut is a plain convolution whatever the others are.
-function Basic:init(conv, in_channels, planes, stride)
-  if stride ~= 1 or in_channels ~= planes then
-    self.shortcut = block_maker("none")(in_channels, planes, 1, stride)
+function Basic:init(conv, in_channels, planes, o)
+  if o.stride ~= 1 or in_channels ~= planes then
+    self.shortcut = nn.ConvBN { in_channels = in_channels, out_channels = planes, kernel_size = 1, stride = o.stride }
   end
-  self.conv1 = conv(in_channels, planes, 3, stride, "relu")
-  self.conv2 = conv(planes, planes, 3, 1, "relu")
+  self.conv1 = conv(in_channels, planes, 3, { stride = o.stride, act = "relu" })
+  self.conv2 = conv(planes, planes, 3, { act = "relu" })
+  self.own_relu = o.reparam == "orepa_vgg" -- such a block has a ReLU before the sum too
 end
 
 function Basic:forward(x)
-  return self.conv2(self.conv1(x), self.shortcut and self.shortcut(x) or x)
+  local shortcut, y = self.shortcut and self.shortcut(x) or x, self.conv1(x)
+  if self.own_relu then return F.relu(self.conv2(y) + shortcut) end
+  return self.conv2(y, shortcut)
 end
 
 local Bottleneck = nn.Module:extend("Bottleneck")
 Bottleneck.expansion = 4
 
-function Bottleneck:init(conv, in_channels, planes, stride)
+function Bottleneck:init(conv, in_channels, planes, o)
   local out_channels = planes * Bottleneck.expansion
-  if stride ~= 1 or in_channels ~= out_channels then
-    self.shortcut = conv(in_channels, out_channels, 1, stride)
+  local inner = o.cardinality and o.cardinality * math.floor(planes * o.width_per_group / 64) or planes
+  if o.stride ~= 1 or in_channels ~= out_channels then
+    self.shortcut = conv(in_channels, out_channels, 1, { stride = o.stride })
   end
-  self.conv1 = conv(in_channels, planes, 1, 1, "relu")
-  self.conv2 = conv(planes, planes, 3, stride, "relu")
-  self.conv3 = conv(planes, out_channels, 1, 1, "relu")
+  self.conv1 = conv(in_channels, inner, 1, { act = "relu" })
+  self.conv2 = conv(inner, inner, 3, { stride = o.stride, groups = o.cardinality, act = "relu" })
+  self.conv3 = conv(inner, out_channels, 1, { act = "relu" })
 end
 
 function Bottleneck:forward(x)
@@ -67,17 +54,16 @@ local ResNet = nn.Module:extend("ResNet")
 
 local known = {
   num_blocks = options.required, residual = "basic", width = 1.0, reparam = "none", classes = 1000, in_channels = 3,
-  stem = "imagenet", deploy = false,
+  stem = "imagenet", cardinality = options.optional, width_per_group = options.optional, deploy = false,
 }
 
 local function stem(conv, kind, in_channels, planes)
-  if kind == "small" then return nn.ModuleDict { conv1 = conv(in_channels, planes, 3, 1, "relu") } end
-  return nn.ModuleDict { conv1 = conv(in_channels, planes, 7, 2, "relu"),
+  if kind == "small" then return nn.ModuleDict { conv1 = conv(in_channels, planes, 3, { act = "relu" }) } end
+  return nn.ModuleDict { conv1 = conv(in_channels, planes, 7, { stride = 2, act = "relu" }),
     maxpool = nn.MaxPool2d { kernel_size = 3, stride = 2, padding = 1 } }
 end
 
 local function check(o)
-  if not blocks[o.reparam] then orepa.fail(("resnet: reparam is '%s'; there are none, orepa"):format(tostring(o.reparam))) end
   if not residuals[o.residual] then
     orepa.fail(("resnet: residual is '%s'; there are basic, bottleneck"):format(tostring(o.residual)))
   end
@@ -85,6 +71,10 @@ local function check(o)
     orepa.fail(("resnet: stem is '%s'; there are imagenet, small"):format(tostring(o.stem)))
   end
   if type(o.num_blocks) ~= "table" or #o.num_blocks ~= 4 then orepa.fail("resnet: num_blocks is a list of four numbers") end
+  if (o.cardinality == nil) ~= (o.width_per_group == nil) then
+    orepa.fail("resnet: cardinality and width_per_group go together")
+  end
+  if o.cardinality and o.residual ~= "bottleneck" then orepa.fail("resnet: cardinality goes with residual = \"bottleneck\"") end
 end
 
 -- The width multiplier of stage k: one number for all, or a list.
@@ -95,13 +85,15 @@ end
 function ResNet:init(o)
   o = options("resnet", o, known)
   check(o)
-  local conv, residual = block_maker(o.reparam), residuals[o.residual]
+  local conv = blocks.maker("resnet", o.reparam, { "none", "dbb", "orepa", "orepa_vgg" })
+  local residual = residuals[o.residual]
   local in_channels = math.floor(64 * multiplier(o.width, 1))
   self.stage0 = stem(conv, o.stem, o.in_channels, in_channels)
   for k = 1, 4 do
     local planes, stage = math.floor(64 * 2 ^ (k - 1) * multiplier(o.width, k)), nn.Sequential()
     for n = 1, o.num_blocks[k] do
-      stage:add(residual(conv, in_channels, planes, n == 1 and k > 1 and 2 or 1))
+      stage:add(residual(conv, in_channels, planes, { stride = n == 1 and k > 1 and 2 or 1, reparam = o.reparam,
+        cardinality = o.cardinality, width_per_group = o.width_per_group }))
       in_channels = planes * residual.expansion
     end
     self["stage" .. k] = stage
@@ -119,10 +111,9 @@ end
 
 -- ---- names ----
 
-local function named(num_blocks, residual)
-  return function(o)
-    return ResNet(options.with({ num_blocks = num_blocks, residual = residual }, o))
-  end
+local function named(num_blocks, residual, more)
+  local fixed = options.with({ num_blocks = num_blocks, residual = residual }, more or {})
+  return function(o) return ResNet(options.with(fixed, o)) end
 end
 
 models.register("resnet", function(o) return ResNet(o) end)
@@ -130,5 +121,6 @@ models.register("resnet18", named({ 2, 2, 2, 2 }, "basic"))
 models.register("resnet34", named({ 3, 4, 6, 3 }, "basic"))
 models.register("resnet50", named({ 3, 4, 6, 3 }, "bottleneck"))
 models.register("resnet101", named({ 3, 4, 23, 3 }, "bottleneck"))
+models.register("resnext50", named({ 3, 4, 6, 3 }, "bottleneck", { cardinality = 32, width_per_group = 4 }))
 
 return ResNet

@@ -10,7 +10,7 @@ local data, optim, train = orepa.data, orepa.optim, orepa.train
 
 local parser = argparse("train.lua", "Trains a network and evaluates it.")
 parser:option("--model", "name of the network", "resnet18")
-parser:option("--reparam", "blocks of the network: none, orepa", "orepa")
+parser:option("--reparam", "blocks of the network: none, dbb, orepa, repvgg, orepa_vgg", "orepa")
 parser:option("--dataset", "name of the dataset", "fashion-mnist")
 parser:option("--data", "folder of the dataset, if not where its package installs it")
 parser:option("--width", "width multiplier", 1.0):convert(tonumber)

@@ -37,7 +37,8 @@ typedef struct {
   bool interleave;    /* kernel row o is the parameter's row (o mod out/groups)*groups + floor(o/(out/groups)) */
 } orepa_leaf;
 
-/* Constructors take over the trees that they are given, also when they fail. `groups` are the block's. */
+/* Constructors take over the trees that they are given, also when they fail; one that is part of another tree already
+ * is copied. `groups` are the block's. */
 OREPA_API orepa_tree *orepa_tree_leaf(const orepa_leaf *leaf);
 /* With `correlate` the kernel of every layer but the first is turned by 180 degrees before it is composed. */
 OREPA_API orepa_tree *orepa_tree_chain(int count, orepa_tree *const *layers, int64_t groups, bool correlate);

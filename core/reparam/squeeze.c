@@ -117,6 +117,16 @@ static int squeeze_backward_pass(autograd_node *node, orepa_tensor *given, orepa
 
 static const autograd_op squeeze_op = {"squeeze", squeeze_backward_pass, squeeze_dispose};
 
+/* A chain of one leaf has no kernel but the tensor that it was given, or its constant: the result is another. */
+static orepa_tensor *own_kernel(orepa_tree *tree, const squeeze_forward *f) {
+  orepa_tensor *w = squeeze_kernel(tree, f);
+  if (!w || tree->form != TREE_CHAIN || tree->count > 1)
+    return w;
+  orepa_tensor *copy = orepa_clone(w);
+  orepa_release(w);
+  return copy;
+}
+
 orepa_tensor *orepa_squeeze(orepa_tree *tree, int count, orepa_tensor *const *slots, const orepa_taps *taps) {
   const orepa_taps all = {{0, 0}, {tree->kernel[0], tree->kernel[1]}};
   squeeze_forward f = {.count = count, .slots = slots, .root = tree, .taps = taps ? *taps : all};
@@ -133,7 +143,7 @@ orepa_tensor *orepa_squeeze(orepa_tree *tree, int count, orepa_tensor *const *sl
     f.prefixes = kept + tree->id + 1;
   }
   bool was = orepa_set_grad_enabled(false);
-  orepa_tensor *w = squeeze_kernel(tree, &f);
+  orepa_tensor *w = own_kernel(tree, &f);
   orepa_set_grad_enabled(was);
   autograd_node *node = NULL;
   if (w && autograd_record(&squeeze_op, w, slots, count, count, sizeof(squeeze_payload), &node))

@@ -7,23 +7,68 @@
 
 /* ---- making ---- */
 
+static orepa_tree *out_of_room(void) {
+  error_out_of_memory("out of memory: no room for a block's description");
+  return NULL;
+}
+
+static orepa_tree *tree_copy(const orepa_tree *from) {
+  orepa_tree *tree = calloc(1, sizeof *tree);
+  orepa_tree **list = from->count ? calloc((size_t)from->count, sizeof *list) : NULL;
+  if (!tree || (from->count && !list)) {
+    free(tree);
+    free(list);
+    return out_of_room();
+  }
+  *tree = *from;
+  atomic_init(&tree->references, 1);
+  tree->children = list;
+  tree->constant = NULL;
+  for (int k = 0; k < from->count; k++)
+    if (!(list[k] = tree_copy(from->children[k]))) {
+      tree->count = k;
+      orepa_tree_release(tree);
+      return NULL;
+    }
+  return tree;
+}
+
+/* Makes children of a list: a node has its number in one tree alone, so what is a child already is copied. On failure
+ * all are released. */
+static int adopt(int count, orepa_tree *const *children, orepa_tree **list) {
+  for (int k = 0; k < count; k++) {
+    list[k] = children[k]->inside ? tree_copy(children[k]) : orepa_tree_retain(children[k]);
+    if (!list[k]) {
+      for (int done = 0; done < k; done++)
+        orepa_tree_release(list[done]);
+      break;
+    }
+  }
+  bool complete = !count || list[count - 1];
+  for (int k = 0; k < count; k++) {
+    if (complete)
+      list[k]->inside = true;
+    orepa_tree_release(children[k]);
+  }
+  return complete ? 0 : -1;
+}
+
 static orepa_tree *tree_new(tree_form form, int count, orepa_tree *const *children) {
   orepa_tree *tree = calloc(1, sizeof *tree), **list = count ? calloc((size_t)count, sizeof *list) : NULL;
   if (!tree || (count && !list)) {
-    error_out_of_memory("out of memory: no room for a block's description");
     for (int k = 0; k < count; k++)
       orepa_tree_release(children[k]);
-    free(tree);
-    free(list);
-    return NULL;
+    out_of_room();
+  } else if (!adopt(count, children, list)) {
+    atomic_init(&tree->references, 1);
+    tree->form = form;
+    tree->count = count;
+    tree->children = list;
+    return tree;
   }
-  atomic_init(&tree->references, 1);
-  tree->form = form;
-  tree->count = count;
-  tree->children = list;
-  for (int k = 0; k < count; k++)
-    list[k] = children[k];
-  return tree;
+  free(tree);
+  free(list);
+  return NULL;
 }
 
 static orepa_tree *tree_fail(orepa_tree *tree) {
@@ -81,6 +126,38 @@ orepa_tree *orepa_tree_leaf(const orepa_leaf *leaf) {
   return tree_fail(tree);
 }
 
+/* Layers i ... j of a chain become a chain of their own, in the place of layer i. */
+static int join(orepa_tree *chain, int i, int j) {
+  for (int k = i; k <= j; k++)
+    chain->children[k]->inside = false;
+  orepa_tree *part = orepa_tree_chain(j - i + 1, &chain->children[i], chain->groups, false);
+  chain->children[i] = part;
+  for (int k = i + 1; k <= j; k++)
+    chain->children[k] = NULL;
+  if (part)
+    part->inside = true;
+  return part ? 0 : -1;
+}
+
+/* Puts layers together that are better composed before they meet what stands on their left. A composition of turned
+ * kernels is the turned composition: so only the whole chain turns. */
+static int arrange(orepa_tree *chain) {
+  int count = chain->count, kept = 0, failed = 0;
+  int *cut = chain_order(count, chain->children, chain->groups);
+  for (int j = count - 1; cut && j > 0 && !failed;) {
+    int m = cut[j];
+    failed = j > m + 1 && join(chain, m + 1, j);
+    j = m;
+  }
+  for (int k = 0; k < count && cut && !failed; k++)
+    if (chain->children[k])
+      chain->children[kept++] = chain->children[k];
+  if (cut && !failed)
+    chain->count = kept;
+  free(cut);
+  return cut && !failed ? 0 : -1;
+}
+
 orepa_tree *orepa_tree_chain(int count, orepa_tree *const *layers, int64_t groups, bool correlate) {
   orepa_tree *tree = tree_new(TREE_CHAIN, count, layers);
   if (!tree)
@@ -89,15 +166,15 @@ orepa_tree *orepa_tree_chain(int count, orepa_tree *const *layers, int64_t group
   tree->correlate = correlate;
   tree->kernel[0] = tree->kernel[1] = 1;
   for (int k = 0; k < count; k++) {
-    const orepa_tree *layer = layers[k];
+    const orepa_tree *layer = tree->children[k];
     if (groups < 1 || layer->groups % groups) {
       error_set("chain: layer %d has %lld groups, no multiple of %lld", k + 1, (long long)layer->groups,
                 (long long)groups);
       return tree_fail(tree);
     }
-    if (k && layer->in != layers[k - 1]->out) {
+    if (k && layer->in != tree->children[k - 1]->out) {
       error_set("chain: layer %d takes %lld channels, the one before gives %lld", k + 1, (long long)layer->in,
-                (long long)layers[k - 1]->out);
+                (long long)tree->children[k - 1]->out);
       return tree_fail(tree);
     }
     tree->kernel[0] += layer->kernel[0] - 1;
@@ -107,8 +184,10 @@ orepa_tree *orepa_tree_chain(int count, orepa_tree *const *layers, int64_t group
     error_set("chain: no layers");
     return tree_fail(tree);
   }
-  tree->in = layers[0]->in;
-  tree->out = layers[count - 1]->out;
+  tree->in = tree->children[0]->in;
+  tree->out = tree->children[count - 1]->out;
+  if (count > 2 && arrange(tree))
+    return tree_fail(tree);
   number_nodes(tree, 0);
   return tree;
 }
@@ -117,6 +196,7 @@ orepa_tree *orepa_tree_scale(orepa_tree *child, int slot, int64_t row) {
   orepa_tree *tree = tree_new(TREE_SCALE, 1, &child);
   if (!tree)
     return NULL;
+  child = tree->children[0];
   tree->in = child->in;
   tree->out = child->out;
   tree->groups = child->groups;
@@ -141,11 +221,11 @@ orepa_tree *orepa_tree_sum(int count, orepa_tree *const *branches, int64_t group
     error_set("sum: no branches");
     return tree_fail(tree);
   }
-  tree->in = branches[0]->in;
-  tree->out = branches[0]->out;
+  tree->in = tree->children[0]->in;
+  tree->out = tree->children[0]->out;
   tree->known_shapes = true;
   for (int k = 0; k < count; k++) {
-    const orepa_tree *b = branches[k];
+    const orepa_tree *b = tree->children[k];
     bool fits = (b->form == TREE_CHAIN || b->form == TREE_SCALE) && b->in == tree->in && b->out == tree->out &&
                 b->groups == groups;
     for (int d = 0; d < 2; d++)

@@ -13,6 +13,7 @@ struct orepa_tree {
   int64_t in, out, kernel[2];
   int64_t groups; /* of the kernel: a leaf's own n, else the block's G */
   int id;         /* position in the whole tree, children first; the root's is the largest */
+  bool inside;    /* is a child */
   int count;      /* children */
   orepa_tree **children;
   orepa_leaf leaf;
@@ -52,6 +53,10 @@ bool fused_knows(const orepa_tree *branch, const orepa_tree *sum);
 bool fused_possible(const orepa_tree *sum, const squeeze_forward *f);
 orepa_tensor *fused_kernel(orepa_tree *sum, const squeeze_forward *f);
 int fused_gradients(orepa_tree *sum, const squeeze_backward *b, orepa_tensor *dw);
+
+/* Where compositions are cut for the fewest multiplications (order.c): [i * count + j] is the last layer of the left part
+ * of layers i ... j. The caller frees it; NULL: no memory. */
+int *chain_order(int count, orepa_tree *const *layers, int64_t groups);
 
 /* A row of a scale's parameter: an alias (out) or (1). */
 orepa_tensor *tree_scale_row(const orepa_tree *scale, orepa_tensor *vector);

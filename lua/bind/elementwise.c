@@ -49,6 +49,7 @@ static const struct {
     {"sqrt", NULL, "t:sqrt() -> tensor\nThe square root.\n> orepa.arange(3):sqrt()"},
     {"exp", NULL, "t:exp() -> tensor\ne to the power of each element.\n> orepa.zeros(2):exp()"},
     {"log", NULL, "t:log() -> tensor\nThe natural logarithm.\n> orepa.ones(2):log()"},
+    {"sigmoid", NULL, "t:sigmoid() -> tensor\n1 / (1 + exp(-t)).\n> orepa.zeros(2):sigmoid()"},
     {"relu", NULL, "t:relu() -> tensor\nNegative elements become 0; NaN stays.\n> orepa.tensor({-1, 2}):relu()"},
     {"clamp", NULL,
      "t:clamp(lowest, highest) -> tensor\nEach element moved between two bounds.\n> orepa.arange(5):clamp(2, 4)"},

@@ -6,8 +6,12 @@
 --   constants   list of {name, build(device), slot}   names that start with "~" are never saved
 --   tree        of the engine, whose slots are the parameters and constants
 --   branches    their names, in order
---   plain       the name of the parameter that is the kernel as it is, if there is one
---   rows        the initial value of each row of `vector`, by the path of the parameter
+--   chains      for each branch {row, slot, turned, kernel, layers}: row of the parameter in a slot that scales it, size of its
+--               kernel; a layer is {form, input, output, groups, kernel, tree, norm, parameter}: the tree of its kernel alone in
+--               its own groups, its norm's path, the path of the parameter that is this kernel as it is
+--   nests       the tree of each nest, by its path
+--   norms       the paths of all norms behind layers, with their channels
+--   plain       the name of the parameter that is the block's kernel as it is, if there is one
 
 local core = require "orepa.core"
 local document = require "orepa.document"
@@ -28,12 +32,13 @@ local function vocabulary(form)
 end
 
 local layer_options = {
-  conv = { out = true, expand = true, groups = true, plus_identity = true, interleave = true, init = true, name = true },
-  depthwise = { out = true, expand = true, init = true, name = true },
-  average = { name = true },
-  prior = { name = true },
-  identity = {},
-  nest = { out = true, expand = true, name = true, branches = true, scaling = true, spare_rows = true, init = true },
+  conv = { out = true, expand = true, groups = true, plus_identity = true, interleave = true, init = true, name = true,
+    norm = true },
+  depthwise = { out = true, expand = true, init = true, name = true, norm = true },
+  average = { name = true, norm = true },
+  prior = { name = true, norm = true },
+  identity = { norm = true },
+  nest = { out = true, expand = true, name = true, branches = true, scaling = true, spare_rows = true, init = true, norm = true },
 }
 for form in pairs(layer_options) do reparam[form] = vocabulary(form) end
 
@@ -79,9 +84,18 @@ local function entries(list, where, what)
   return kept
 end
 
+-- Why a layer has none of these: a branch is one kernel, and what is done to the map stands at the block.
+local refused = {
+  stride = "a stride between layers leaves no kernel that fits; the block has the stride",
+  padding = "padding between layers is not the same at the border; the block's padding surrounds its input",
+  dilation = "layers of different dilation leave no kernel that fits; the block has the dilation",
+  bias = "a bias before padding is no constant at the border; the block has a bias, offline its norms have",
+}
+
 local function check_keys(t, known, where)
   for key in pairs(t) do
     if key ~= FORM and math.type(key) ~= "integer" then
+      need(known[key] or not refused[key] or not t[FORM], where, "%s: %s", tostring(key), refused[key])
       need(known[key], where, "unknown option '%s'", tostring(key))
     end
   end
@@ -107,6 +121,14 @@ function Plan:parameter(name, shape, init, where)
   local slot = self:next_slot()
   self.parameters[#self.parameters + 1] = { name = name, shape = shape, init = init, slot = slot }
   return slot
+end
+
+-- A norm, with all that it has in a state dict.
+function Plan:norm(name, where)
+  self:take(name, "things", where)
+  for _, field in ipairs { "weight", "bias", "running_mean", "running_var", "num_batches_tracked" } do
+    self:take(name .. "." .. field, "things", where)
+  end
 end
 
 function Plan:constant(name, build, where)
@@ -177,10 +199,26 @@ local function namer(root, branch)
   return function(name) return root .. (name:sub(1, 1) == "." and branch .. name or name) end
 end
 
-local function build_layer(plan, l, s)
+local function check_norm(given, s, where)
+  need(given == nil or type(given) == "boolean" or (type(given) == "string" and given ~= ""), where,
+    "norm is %s; true, false or a name expected", tostring(given))
+  need(not (s.nested and given), where, "a nest is one kernel, its layers have no norms")
+end
+
+-- The path of a layer's norm, or nil.
+local function take_norm(plan, l, s, where)
+  local given = l.norm
+  if s.nested or not plan.with_norms or given == false then return nil end
+  local path = type(given) == "string" and plan.path(given) or ("%s%s.bn%s"):format(plan.root, s.branch, s.norm_number)
+  plan:norm(path, where)
+  return path
+end
+
+-- The tree of one layer's kernel, and its output channels, size and groups; and the path of the parameter that is this kernel.
+local function build_kernel(plan, l, s, where)
   local form = l[FORM]
-  local where = ("%s, layer %d (%s)"):format(s.where, s.position, form)
   check_keys(l, layer_options[form], where)
+  check_norm(l.norm, s, where)
   local sizes = form == "identity" and 0 or 1
   need(#l == sizes, where, sizes == 0 and "takes no kernel size" or "one kernel size expected, got %d", #l)
   local k = form == "identity" and { 1, 1 } or pair(l[1], 1, where, "the kernel size")
@@ -193,34 +231,56 @@ local function build_layer(plan, l, s)
   local name = l.name and plan.path(l.name)
   if form == "nest" then
     local root = (name or ("%s.conv%s"):format(plan.root .. s.branch, s.number)) .. "."
-    return build_sum(plan, l, s.channels, out, k, root, where), out, k
+    local sum = build_sum(plan, l, s.channels, out, k, root, where, true)
+    plan.nests[root:sub(1, -2)] = sum
+    return sum, out, k, groups
   elseif form == "identity" then
-    return tree.leaf { kind = "identity", input = out, output = out, groups = out }, out, k
+    return tree.leaf { kind = "identity", input = out, output = out, groups = out }, out, k, groups
   elseif form == "average" or form == "prior" then
-    return pattern_leaf(plan, form, out, k, name or ("~%s%s.%d"):format(plan.root, s.branch, s.position), where), out, k
+    return pattern_leaf(plan, form, out, k, name or ("~%s%s.%d"):format(plan.root, s.branch, s.position), where), out, k, groups
   end
-  return conv_leaf(plan, l, form, s.channels, out, k, groups,
-    name or ("%s%s.conv%s.weight"):format(plan.root, s.branch, s.number), s.init, where), out, k
+  local path = name or ("%s%s.conv%s.weight"):format(plan.root, s.branch, s.number)
+  return conv_leaf(plan, l, form, s.channels, out, k, groups, path, s.init, where), out, k, groups,
+    not (l.plus_identity or l.interleave) and path or nil
+end
+
+local function build_layer(plan, l, s)
+  local where = ("%s, layer %d (%s)"):format(s.where, s.position, l[FORM])
+  local layer = { form = l[FORM], input = s.channels }
+  local root, path = plan.root, plan.path -- a nest has its own
+  layer.whole, layer.output, layer.kernel, layer.groups, layer.parameter = build_kernel(plan, l, s, where)
+  plan.root, plan.path = root, path
+  layer.norm = take_norm(plan, l, s, where)
+  if layer.norm then plan.norms[#plan.norms + 1] = { name = layer.norm, channels = layer.output } end
+  local turned = s.correlate and s.position > 1 and (layer.kernel[1] > 1 or layer.kernel[2] > 1)
+  local first = turned and { tree.leaf { kind = "identity", input = s.channels, output = s.channels, groups = s.channels } } or {}
+  first[#first + 1] = layer.whole
+  layer.tree = tree.chain(first, layer.groups, turned)
+  if turned then layer.parameter = nil end
+  return layer
 end
 
 local function build_branch(plan, b, s)
   local layers = entries(b, s.where, "layers")
   check_keys(b, { name = true, scale = true, correlate = true }, s.where)
   need(#layers > 0, s.where, "it has no layers (L.identity{} is the identity)")
-  local with_parameters, last = 0, 0
+  local with_parameters, last, with_norms = 0, 0, 0
   for k, l in ipairs(layers) do
     need(l[FORM], s.where, "layer %d is no layer of orepa.reparam", k)
     if has_parameters[l[FORM]] then with_parameters, last = with_parameters + 1, k end
+    if l.norm ~= false then with_norms = with_norms + 1 end
   end
-  local c, size, number, trees = s.input, { 1, 1 }, 0, {}
+  local c, size, number, norm_number = s.input, { 1, 1 }, 0, 0
+  local chain, trees = { layers = {}, kernel = size, correlate = b.correlate and true or false }, {}
   plan.path = namer(plan.root, s.branch)
   for k, l in ipairs(layers) do
     if has_parameters[l[FORM]] then number = number + 1 end
-    local root, path, kernel = plan.root, plan.path
-    trees[k], c, kernel = build_layer(plan, l, { where = s.where, branch = s.branch, position = k, channels = c,
-      out = s.out, last = k == last, number = with_parameters > 1 and tostring(number) or "", init = s.init })
-    plan.root, plan.path = root, path -- a nest has its own
-    size = { size[1] + kernel[1] - 1, size[2] + kernel[2] - 1 }
+    if l.norm ~= false then norm_number = norm_number + 1 end
+    local layer = build_layer(plan, l, { where = s.where, branch = s.branch, position = k, channels = c, out = s.out,
+      last = k == last, number = with_parameters > 1 and tostring(number) or "", init = s.init, nested = s.nested,
+      norm_number = with_norms > 1 and tostring(norm_number) or "", correlate = chain.correlate })
+    c, trees[k], chain.layers[k] = layer.output, layer.whole, layer
+    for d = 1, 2 do size[d] = size[d] + layer.kernel[d] - 1 end
   end
   need(c == s.out, s.where, "it ends with %d channels, the block has %d", c, s.out)
   for d = 1, 2 do
@@ -229,27 +289,28 @@ local function build_branch(plan, b, s)
     need((s.kernel[d] - size[d]) % 2 == 0, s.where, "its kernel of %s has no centre in the block's %s", size_text(size),
       size_text(s.kernel))
   end
-  return tree.chain(trees, plan.groups, b.correlate and true or false)
+  return tree.chain(trees, plan.groups, chain.correlate), chain
 end
 
 -- ---- sums: the block's own, and nests ----
 
-function build_sum(plan, d, input, out, kernel, root, where)
+function build_sum(plan, d, input, out, kernel, root, where, nested)
   local scaling, init = d.scaling or "vector", d.init or { kaiming = math.sqrt(5) }
   need(scaling == "vector" or scaling == "scalar" or scaling == "none", where,
     "scaling is '%s'; \"vector\", \"scalar\" or \"none\" expected", tostring(scaling))
   local branches = entries(d.branches, where, "branches")
   need(#branches > 0, where, "it has no branches")
   plan.root = root
-  local chains, names, rows = {}, {}, {}
+  local trees, chains, names, rows = {}, {}, {}, {}
   for k, b in ipairs(branches) do
     local name = b.name or ("branch%d"):format(k - 1)
     need(type(name) == "string", where, "branch %d: its name is a %s", k, type(name))
     local s = { where = ("%s, branch '%s'"):format(where, name), branch = name, input = input, out = out,
-      kernel = kernel, init = init }
+      kernel = kernel, init = init, nested = nested }
     need(not names[name], s.where, "two branches have this name")
     names[name] = true
-    chains[k], names[k] = build_branch(plan, b, s), name
+    trees[k], chains[k] = build_branch(plan, b, s)
+    names[k] = name
     if scaling ~= "none" and b.scale ~= false then
       need(b.scale == nil or type(b.scale) == "number", s.where, "scale: a number or false expected")
       rows[#rows + 1] = { branch = k, value = b.scale or 1 }
@@ -262,26 +323,26 @@ function build_sum(plan, d, input, out, kernel, root, where)
     for k, row in ipairs(rows) do values[k] = row.value end
     for k = 1, spare do values[#rows + k] = 0 end
     local slot = plan:parameter(root .. "vector", { #values, scaling == "vector" and out or 1 }, { rows = values }, where)
-    for k, row in ipairs(rows) do chains[row.branch] = tree.scale(chains[row.branch], slot, k) end
+    for k, row in ipairs(rows) do
+      trees[row.branch] = tree.scale(trees[row.branch], slot, k)
+      chains[row.branch].slot, chains[row.branch].row = slot, k
+    end
   end
-  return tree.sum(chains, plan.groups, kernel), names
+  return tree.sum(trees, plan.groups, kernel), names, chains
 end
 
 -- ---- the whole block ----
 
--- The norm behind the sum, with all that it has in a state dict, and the bias.
+-- The norm behind the sum and the bias.
 local function take_others(plan, o)
   if o.bias then plan:take("bias", "things", plan.where) end
-  if not o.post_bn then return end
-  plan:take(o.post_bn, "things", plan.where)
-  for _, field in ipairs { "weight", "bias", "running_mean", "running_var", "num_batches_tracked" } do
-    plan:take(o.post_bn .. "." .. field, "things", plan.where)
-  end
+  if o.post_bn then plan:norm(o.post_bn, plan.where) end
 end
 
 -- The name of the parameter that is the block's kernel as it is; nil where there is anything to squeeze.
 local function plain_kernel(plan, o)
   local p = plan.parameters[1]
+  if not p then return nil end
   local branch = entries(o.branches, plan.where, "branches")[1]
   local l = entries(branch, plan.where, "layers")[1]
   if #plan.parameters > 1 or plan.slots > 1 or l[FORM] ~= "conv" or l.plus_identity or l.interleave then return nil end
@@ -291,10 +352,10 @@ local function plain_kernel(plan, o)
 end
 
 function reparam.compile(o, where)
-  local plan = setmetatable({ where = where, groups = o.groups, parameters = {}, constants = {}, shown = {}, taken = {},
-    slots = 0 }, Plan)
-  plan.tree, plan.branches = build_sum(plan, o, o.in_channels, o.out_channels, o.kernel_size, "", where)
-  need(plan.slots > 0, where, "it has nothing to train and no constant: identities alone are no block")
+  local plan = setmetatable({ where = where, groups = o.groups, with_norms = o.norms, parameters = {}, constants = {},
+    shown = {}, norms = {}, nests = {}, taken = {}, slots = 0 }, Plan)
+  plan.tree, plan.branches, plan.chains = build_sum(plan, o, o.in_channels, o.out_channels, o.kernel_size, "", where, false)
+  need(plan.slots > 0 or #plan.norms > 0, where, "it has nothing to train and no constant: identities alone are no block")
   take_others(plan, o)
   plan.plain = plain_kernel(plan, o)
   return plan

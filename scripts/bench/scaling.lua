@@ -14,7 +14,7 @@ local orepa = require "orepa"
 
 local parser = argparse("scaling.lua", "Times steps of a network over lists of sizes.")
 parser:option("--model", "names of networks", "resnet18"):convert(measure.list)
-parser:option("--reparam", "blocks of the network: none, orepa", "orepa"):convert(measure.list)
+parser:option("--reparam", "blocks of the network: none, dbb, orepa, repvgg, orepa_vgg", "orepa"):convert(measure.list)
 parser:option("--width", "width multipliers", "1"):convert(measure.numbers)
 parser:option("--batch-size", "images in a step", "1,4,16"):convert(measure.integers)
 parser:option("--size", "heights and widths of the images", "224"):convert(measure.integers)

@@ -31,7 +31,7 @@ end
 function workload.add_options(parser, defaults)
   local function default(name, otherwise) return defaults and defaults[name] or otherwise end
   parser:option("--model", "name of the network", default("model", "resnet18"))
-  parser:option("--reparam", "blocks of the network: none, orepa", default("reparam", "orepa"))
+  parser:option("--reparam", "blocks of the network: none, dbb, orepa, repvgg, orepa_vgg", default("reparam", "orepa"))
   parser:option("--batch-size", "images in a step", default("batch_size", 16)):convert(measure.at_least(1))
   parser:option("--size", "height and width of the images", default("size", 224)):convert(measure.at_least(1))
   parser:option("--width", "width multiplier", 1.0):convert(tonumber)

@@ -18,6 +18,7 @@ static const struct {
 static bool rounds_often(int function, int derivative) {
   switch (function) {
   case FUNCTION_pow:
+  case FUNCTION_sigmoid:
     return true;
   case FUNCTION_exp:
   case FUNCTION_log:

@@ -11,6 +11,14 @@ local needed = {
   OREPALargeConvBase = { in_channels = 4, out_channels = 6, kernel_size = 5 },
   OREPALargeConv = { in_channels = 4, out_channels = 6, kernel_size = 5 },
   ReparamBlock = { in_channels = 4, out_channels = 6, kernel_size = 3, branches = { { L.conv { 3 } } } },
+  DBB = { in_channels = 4, out_channels = 6, kernel_size = 3 },
+  RepVGGBlock = { in_channels = 4, out_channels = 6, kernel_size = 3 },
+  OREPAVGG = { in_channels = 4, out_channels = 6, kernel_size = 3 },
+  OREPAVGGInner = { in_channels = 4, out_channels = 6, kernel_size = 3 },
+  ACBlock = { in_channels = 4, out_channels = 6, kernel_size = 3 },
+  ExpandBlock = { in_channels = 4, out_channels = 6, kernel_size = 3 },
+  MobileOneBlock = { in_channels = 4, out_channels = 6, kernel_size = 3 },
+  RepLKBlock = { in_channels = 4, out_channels = 4, kernel_size = 7 },
 }
 local kinds = {}
 for kind in pairs(needed) do kinds[#kinds + 1] = kind end
@@ -45,8 +53,10 @@ local wrong = {
   dilation = { false, 0, -1, 1.5, "two", {}, { 2, 2, 2 } },
   groups = { false, 0, -1, 1.5, "two", {}, 3 },
   act = { false, "gelu", 1, {} },
-  mode = { false, "offline", "onlin", 1 },
+  mode = { false, "offlin", "onlin", 1 },
   scaling = { "rows", 1, {} },
+  norms = { 1, "all", {} },
+  se = { false, 1, "se", {} },
   post_bn = { 1, "", {} },
   bias = { 1, "yes", {} },
   spare_rows = { -1, 0.5, "one", {} },
@@ -64,14 +74,17 @@ for _, kind in ipairs(kinds) do
       refused({ kind }, function() nn[kind]() end)
     end)
 
-    it("refuses an unknown option by name, those of offline blocks too", function()
-      for _, name in ipairs { "kernel", "offline", "norms", "norm", "linearize", "relu" } do
+    it("refuses an unknown option by name", function()
+      for _, name in ipairs { "kernel", "offline", "norm", "linearize", "relu" } do
         refused({ kind, "unknown option '" .. name .. "'" }, function()
           nn[kind](with(needed[kind], { [name] = true }))
         end)
       end
-      refused({ kind, "mode", "offline", "online, deploy" }, function()
-        nn[kind](with(needed[kind], { mode = "offline" }))
+    end)
+
+    it("refuses norms behind layers online", function()
+      refused({ kind, "norms = true", "offline" }, function()
+        nn[kind](with(needed[kind], { mode = "online", norms = true }))
       end)
     end)
 
@@ -95,7 +108,9 @@ for _, kind in ipairs(kinds) do
 
     it("takes what is right", function()
       for _, extra in ipairs { { stride = 2 }, { stride = { 2, 1 } }, { padding = 0 }, { padding = { 3, 0 } }, { dilation = 2 },
-        { groups = 1 }, { act = "relu" }, { act = "none" }, { mode = "deploy" }, { post_bn = false, bias = true }, { eps = 1e-3 },
+        { groups = 1 }, { act = "relu" }, { act = "none" }, { mode = "deploy" }, { mode = "offline" },
+        { mode = "online" }, { mode = "offline", scaling = "vector", norms = false, post_bn = true },
+        { post_bn = false, bias = true }, { eps = 1e-3 }, { se = nn.SqueezeExcite { channels = 6, reduced = 1 } },
         { momentum = 0.01 }, { deployed = "whole" } } do
         nn[kind](with(needed[kind], extra))
       end
@@ -162,7 +177,10 @@ describe("a description", function()
         { { name = "a", L[form] { 3, [option] = 1, branches = form == "nest" and { { L.conv { 3 } } } or nil } } })
     end
   end
-  refuses("a norm on an identity", { "layer 1 (identity)", "norm" }, { { L.identity { norm = "x" }, L.conv { 3 } } })
+  refuses("a norm without a name", { "layer 1 (identity)", "norm" }, { { L.identity { norm = "" }, L.conv { 3 } } })
+  refuses("a norm inside a nest", { "layer 1 (nest), branch 'branch0', layer 1 (conv)", "no norms" },
+    { { L.nest { 3, branches = { { L.conv { 3, norm = true } } } } } })
+  refuses("two norms of one name", { "'n'" }, { { L.conv { 1, norm = "n" }, L.conv { 3, norm = "n" } } }, { mode = "offline" })
   refuses("a name of an identity", { "layer 1 (identity)", "name" }, { { L.identity { name = "x" }, L.conv { 3 } } })
   refuses("a kernel size of an identity", { "layer 1 (identity)", "kernel size" }, { { L.identity { 1 }, L.conv { 3 } } })
   refuses("a conv without kernel size", { "layer 1 (conv)", "kernel size" }, { { L.conv {} } })

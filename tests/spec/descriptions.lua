@@ -206,6 +206,27 @@ function descriptions.random(seed)
   return d
 end
 
+-- The same for mode "offline": some layers have no norm, or one with a name; scaling, norms and a norm behind the sum are asked
+-- for or not.
+function descriptions.random_offline(seed)
+  local d
+  repeat
+    d = descriptions.random(seed)
+    seed = seed + 1000003
+    d.mode, d.scaling, d.norms, d.post_bn = "offline", pick { nil, "vector", "scalar", "none" }, pick { nil, true, false }, nil
+    if chance(0.3) then d.post_bn = pick { true, "after.bn" } end
+    d.bias = not d.post_bn and chance(0.3) or nil
+    for k, b in ipairs(d.branches) do
+      for n, l in ipairs(b or {}) do
+        if chance(0.2) then l.norm = false end
+        if chance(0.2) then l.norm = (".norm%d"):format(n) end
+        if chance(0.2) then l.norm = ("norm%d_%d"):format(k, n) end
+      end
+    end
+  until has_tensor(d)
+  return d
+end
+
 -- ---- as Lua, and as a block ----
 
 local function as_text(value)
@@ -255,7 +276,7 @@ end
 
 -- ---- meaning ----
 
--- The kernel of a layer, from constants rounded to float32 as those of a block are.
+-- The kernel of a layer that is a constant.
 local function constant(shape, value, like)
   local list, n = {}, 0
   for o = 0, shape[1] - 1 do
@@ -268,7 +289,7 @@ local function constant(shape, value, like)
       end
     end
   end
-  return orepa.tensor(list):reshape(shape):to(like.device):to(like.dtype)
+  return orepa.tensor(list, { dtype = "float64" }):reshape(shape):to(like.device):to(like.dtype)
 end
 
 local function average(c, k, like)
@@ -343,11 +364,11 @@ local function span(b)
   return k
 end
 
--- Surrounds or crops the map so that a kernel of size k lies centred in one of size `whole`.
-local function surrounded(e, x, k, whole, padding)
+-- By how much the map is surrounded (or cropped) so that a kernel of size k lies centred in one of size `whole`.
+local function around(e, k, whole, padding)
   local p = {}
   for d = 1, 2 do p[d] = padding[d] - e.dilation[d] * (whole[d] - k[d]) // 2 end
-  return orepa.pad(x, { 0, 0, 0, 0, p[1], p[1], p[2], p[2] })
+  return p
 end
 
 -- The default names count the layers with parameters where there are several.
@@ -356,26 +377,82 @@ local function path_of(s, l, number)
   return ("%s%s.conv%s%s"):format(s.root, s.branch, number, l.form == "nest" and "" or ".weight")
 end
 
--- One branch on a map that is surrounded already: layer by layer, the stride with the last one larger than 1x1.
-local function run_branch(e, b, x, s)
-  local strided, last, count, number, c = #b, 0, 0, 0, s.input
-  for k, l in ipairs(b) do
-    if is_larger(l) then strided = k end
-    if parametric[l.form] then last, count = k, count + 1 end
+-- One layer on the map.
+local function run_layer(e, l, x, s)
+  if l.form == "nest" then
+    return run_sum(e, l, x, { input = s.input, out = s.out, kernel = both(l[1]), root = s.path .. ".", turn = s.turn,
+      stride = s.stride, padding = { 0, 0 } })
   end
+  local weight, groups = layer_kernel(e, l, s.input, s.out, s.path, x)
+  return F.conv2d(x, s.turn and turned(weight) or weight, { groups = groups, dilation = e.dilation, stride = s.stride })
+end
+
+-- What each layer of a branch is given: channels, path, whether it is turned, its stride. The last layer larger than 1x1 (or the
+-- last of all) has the stride; `padded` is the first one larger than 1x1, or the last of all.
+local function layers_of(e, b, s)
+  local strided, padded, last, count, number, norms, c = #b, nil, 0, 0, 0, 0, s.input
+  for k, l in ipairs(b) do
+    if is_larger(l) then strided, padded = k, padded or k end
+    if parametric[l.form] then last, count = k, count + 1 end
+    if l.norm ~= false then norms = norms + 1 end
+  end
+  local list, norm = {}, 0
   for k, l in ipairs(b) do
     if parametric[l.form] then number = number + 1 end
-    local out, turn = channels(l, c, k == last, s.out), s.turn ~= (b.correlate and k > 1 or false)
-    local path = path_of(s, l, count > 1 and number or "")
-    local stride = k == strided and s.stride or { 1, 1 }
-    if l.form == "nest" then
-      x = run_sum(e, l, x, { input = c, out = out, kernel = both(l[1]), root = path .. ".", turn = turn, stride = stride,
-        padding = { 0, 0 } })
-    else
-      local weight, groups = layer_kernel(e, l, c, out, path, x)
-      x = F.conv2d(x, turn and turned(weight) or weight, { groups = groups, dilation = e.dilation, stride = stride })
+    if l.norm ~= false then norm = norm + 1 end
+    local out = channels(l, c, k == last, s.out)
+    list[k] = { input = c, out = out, path = path_of(s, l, count > 1 and number or ""),
+      turn = s.turn ~= (b.correlate and k > 1 or false), stride = k == strided and s.stride or { 1, 1 } }
+    if e.norms and l.norm ~= false then
+      list[k].norm = type(l.norm) == "string" and s.root .. (l.norm:sub(1, 1) == "." and s.branch or "") .. l.norm
+        or ("%s%s.bn%s"):format(s.root, s.branch, norms > 1 and norm or "")
     end
     c = out
+  end
+  return list, padded or #b
+end
+
+-- One branch on a map that is surrounded already: layer by layer.
+local function run_branch(e, b, x, s)
+  local list = layers_of(e, b, s)
+  for k, l in ipairs(b) do x = run_layer(e, l, x, list[k]) end
+  return x
+end
+
+-- ---- offline: every layer on the map, with its norm ----
+
+-- A norm's statistics are copies, which a pass in training writes.
+local function statistics(e, path)
+  local bn = e.block[path]
+  e.statistics[path] = e.statistics[path] or { mean = bn.running_mean:clone(), var = bn.running_var:clone() }
+  return e.statistics[path]
+end
+
+local function normed(e, path, x, training)
+  local bn, own = e.block[path], statistics(e, path)
+  e.used[path .. ".weight"], e.used[path .. ".bias"] = true, true
+  return F.batch_norm(x, { weight = bn.weight, bias = bn.bias, running_mean = own.mean, running_var = own.var,
+    training = training })
+end
+
+-- Surrounds the map by v, (1, c, 1, 1) without gradient; negative widths crop.
+local function surrounded_by(x, v, p)
+  local widths = { 0, 0, 0, 0, p[1], p[1], p[2], p[2] }
+  local inside = orepa.pad(orepa.ones(x.shape[1], 1, x.shape[3], x.shape[4]):to(x.device):to(x.dtype), widths)
+  return orepa.pad(x, widths) + v:detach() * (1 - inside)
+end
+
+local function run_offline_branch(e, b, x, s)
+  local list, padded = layers_of(e, b, s)
+  local v = orepa.zeros(1, s.input, 1, 1):to(x.device):to(x.dtype)
+  for k, l in ipairs(b) do
+    if k == padded then x = surrounded_by(x, v, s.around) end
+    x = run_layer(e, l, x, list[k])
+    if k < padded then v = orepa.no_grad(function() return run_layer(e, l, v, list[k]) end) end
+    if list[k].norm then
+      x = normed(e, list[k].norm, x, e.training)
+      if k < padded then v = orepa.no_grad(function() return normed(e, list[k].norm, v, false) end) end
+    end
   end
   return x
 end
@@ -392,8 +469,15 @@ end
 function run_sum(e, d, x, s)
   local row, vector, sum = 0, e.block[s.root .. "vector"], nil
   for position, b in ipairs(kept(d.branches)) do
-    local y = run_branch(e, b, surrounded(e, x, span(b), s.kernel, s.padding), { input = s.input, out = s.out,
-      root = s.root, branch = b.name or ("branch%d"):format(position - 1), turn = s.turn, stride = s.stride })
+    local y
+    local inner = { input = s.input, out = s.out, root = s.root, branch = b.name or ("branch%d"):format(position - 1),
+      turn = s.turn, stride = s.stride, around = around(e, span(b), s.kernel, s.padding) }
+    if e.statistics and s.root == "" then
+      y = run_offline_branch(e, b, x, inner)
+    else
+      local p = inner.around
+      y = run_branch(e, b, orepa.pad(x, { 0, 0, 0, 0, p[1], p[1], p[2], p[2] }), inner)
+    end
     if d.scaling ~= "none" and b.scale ~= false then
       row = row + 1
       y = y * vector:slice(1, row, row):reshape(1, -1, 1, 1)
@@ -406,13 +490,29 @@ function run_sum(e, d, x, s)
   return sum
 end
 
+local function run_block(e, d, x)
+  local k, scaling = both(d.kernel_size), d.scaling
+  if not scaling and d.mode == "offline" then scaling = "none" end
+  return run_sum(e, { branches = d.branches, scaling = scaling, spare_rows = d.spare_rows }, x, { input = d.in_channels,
+    out = d.out_channels, kernel = k, root = "", turn = false, stride = both(d.stride or 1),
+    padding = d.padding and both(d.padding) or { k[1] // 2, k[2] // 2 } })
+end
+
+local function evaluator(d, block)
+  return { block = block, groups = d.groups or 1, dilation = both(d.dilation or 1), used = {} }
+end
+
 -- The sum of the branches on the map x, before bias, norm and activation. Also the set of names of parameters that took part.
 function descriptions.run(d, block, x)
-  local k = both(d.kernel_size)
-  local e = { block = block, groups = d.groups or 1, dilation = both(d.dilation or 1), used = {} }
-  local y = run_sum(e, d, x, { input = d.in_channels, out = d.out_channels, kernel = k, root = "", turn = false,
-    stride = both(d.stride or 1), padding = d.padding and both(d.padding) or { k[1] // 2, k[2] // 2 } })
-  return y, e.used
+  local e = evaluator(d, block)
+  return run_block(e, d, x), e.used
+end
+
+-- The same of an offline block: each layer is followed by its norm. Also gives the norms' statistics after the pass.
+function descriptions.run_offline(d, block, x, training)
+  local e = evaluator(d, block)
+  e.statistics, e.training, e.norms = {}, training, d.norms ~= false
+  return run_block(e, d, x), e.used, e.statistics
 end
 
 -- The same with norm (by the batch's statistics if training) and activation; `norm` has its parameters and statistics.

@@ -51,7 +51,8 @@ end
 -- ---- blocks ----
 
 local constructors = { ConvBN = nn.ConvBN, OREPA = nn.OREPA, OREPA_1x1 = nn.OREPA1x1, OREPA_LargeConv = nn.OREPALargeConv,
-  OREPA_LargeConvBase = nn.OREPALargeConvBase }
+  OREPA_LargeConvBase = nn.OREPALargeConvBase, DBB = nn.DBB, RepVGGBlock = nn.RepVGGBlock, OREPA_VGG = nn.OREPAVGG,
+  OREPA_3x3_RepVGG = nn.OREPAVGGInner }
 
 local function make_block(meta)
   local o = { act = meta.relu == "true" and "relu" or "none" }
@@ -63,9 +64,22 @@ end
 
 local BLOCK_LIMIT = 2e-5
 
-local function check_squeezed(block, tensors)
+-- Squeezed kernels, of the block ("weight") and of nests ("weight0", "rbr_dense.weight"), and the parameters' gradients that
+-- follow from theirs.
+local function check_squeezed(block, tensors, device)
+  for name, wanted in pairs(group(tensors, "squeezed")) do
+    local nest = name ~= "weight" and name:gsub("%.weight$", "") or nil
+    check("squeezed." .. name, block:squeezed_weight(nest), wanted, BLOCK_LIMIT)
+    local dw = tensors["grad_squeezed." .. name]
+    if dw then
+      block:squeezed_weight(nest):backward(dw:to(device))
+      for path, p in block:named_parameters() do
+        if p.grad then check("grad." .. path .. " of the kernel", p.grad, tensors["grad." .. path], BLOCK_LIMIT) end
+      end
+      block:zero_grad()
+    end
+  end
   if tensors["squeezed.weight"] then
-    check("squeezed.weight", block:squeezed_weight(), tensors["squeezed.weight"], BLOCK_LIMIT)
     local sum
     for _, w in pairs(block:branch_weights()) do sum = sum and sum + w or w end
     check("sum of branch weights", sum, tensors["squeezed.weight"], BLOCK_LIMIT)
@@ -108,14 +122,14 @@ for _, device in ipairs { "cpu", "ref" } do
   for _, fused in ipairs(device == "cpu" and { true, false } or { false }) do
     describe(("golden blocks on %s, %s"):format(device, fused and "fused" or "leaf by leaf"), function()
       for _, file in ipairs(files) do
-        if file:find "^block_" then
+        if file:find "^block_" or file:find "^part_" then
           it(file, function()
             local tensors, meta = orepa.load(folder .. file)
             local block = make_block(meta)
             load_exactly(block, tensors)
             block:to(device)
             block:set_fused(fused)
-            check_squeezed(block, tensors)
+            check_squeezed(block, tensors, device)
             check_training(block, tensors, device)
             check_deployed(block, tensors, device)
           end)
@@ -136,7 +150,9 @@ end
 local function make_network(meta, tensors)
   local blocks, width = list(meta.num_blocks), list(meta.width_multiplier)
   for k, n in ipairs(blocks) do blocks[k] = math.tointeger(n) end
-  return models.create("resnet", { num_blocks = blocks, residual = meta.residual, reparam = meta.reparam:lower(),
+  return models.create(meta.arch:find "RepVGG" and "repvgg" or "resnet", { num_blocks = blocks,
+    residual = meta.cardinality and "bottleneck" or meta.residual, reparam = meta.reparam:lower(),
+    cardinality = math.tointeger(tonumber(meta.cardinality or "")), width_per_group = tonumber(meta.width_per_group or ""),
     classes = math.tointeger(tonumber(meta.num_classes)), width = #width > 1 and width or width[1],
     in_channels = (tensors.x or tensors.x_u8).shape[tensors.x and 2 or 3] })
 end

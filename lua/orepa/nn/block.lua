@@ -1,9 +1,11 @@
--- ReparamBlock: many linear branches, trained as one convolution. A description (orepa.reparam) gives parameters and a tree;
--- every forward pass squeezes the branches into one kernel and runs one convolution, then the norm and the activation.
+-- ReparamBlock: many linear branches, trained as one convolution. A description (orepa.reparam) gives parameters and a tree.
+-- Online, every forward pass squeezes the branches into one kernel and runs one convolution, then the norm and the activation;
+-- offline, every branch runs on the map (orepa.nn.branches); deployed, one convolution is left of it.
 
 local core = require "orepa.core"
 local document = require "orepa.document"
 local module = require "orepa.nn.module"
+local branches = require "orepa.nn.branches"
 local layers = require "orepa.nn.layers"
 local options = require "orepa.options"
 local reparam = require "orepa.reparam"
@@ -17,8 +19,16 @@ ReparamBlock.library = true
 
 local known = {
   in_channels = required, out_channels = required, kernel_size = required, branches = required,
-  stride = 1, padding = optional, dilation = 1, groups = 1, act = "none", mode = "online", scaling = "vector",
-  post_bn = "bn", bias = false, init = optional, spare_rows = 0, eps = 1e-5, momentum = 0.1, deployed = "reparam",
+  stride = 1, padding = optional, dilation = 1, groups = 1, act = "none", mode = "online", scaling = optional, norms = optional,
+  post_bn = optional, se = optional, bias = false, init = optional, spare_rows = 0, eps = 1e-5, momentum = 0.1,
+  deployed = "reparam",
+}
+
+-- What follows from the mode.
+local defaults = {
+  online = { scaling = "vector", norms = false, post_bn = "bn" },
+  offline = { scaling = "none", norms = true, post_bn = false },
+  deploy = { scaling = "none", norms = false, post_bn = false },
 }
 
 -- ---- making ----
@@ -46,6 +56,8 @@ local function check_others(o, where)
   need(type(o.eps) == "number" and o.eps > 0, "eps", "a positive number")
   need(type(o.momentum) == "number", "momentum", "a number")
   need(type(o.bias) == "boolean", "bias", "true or false")
+  need(o.se == nil or internal.is_module(o.se), "se", "a module")
+  need(type(o.norms) == "boolean", "norms", "true or false")
   need(type(o.post_bn) == "boolean" or is_name(o.post_bn), "post_bn", "true, false or a name")
   need(is_name(o.deployed), "deployed", "a name")
 end
@@ -60,8 +72,14 @@ local function checked(given, where)
     core.fail(("%s: %d groups don't divide %d -> %d channels"):format(where, o.groups, o.in_channels, o.out_channels))
   end
   one_of(o.act, { "none", "relu" }, where, "act")
-  one_of(o.mode, { "online", "deploy" }, where, "mode")
+  one_of(o.mode, { "online", "offline", "deploy" }, where, "mode")
+  for name, default in pairs(defaults[o.mode]) do
+    if o[name] == nil then o[name] = default end
+  end
   check_others(o, where)
+  if o.norms and o.mode ~= "offline" then
+    core.fail(("%s: a norm behind a layer can't be squeezed: norms = true goes with mode = \"offline\""):format(where))
+  end
   if o.post_bn == true then o.post_bn = "bn" end
   if o.bias and o.post_bn then
     core.fail(("%s: a bias before a norm has no effect; bias = true goes with post_bn = false"):format(where))
@@ -77,6 +95,12 @@ end
 local function add_constant(self, constant)
   check_name(self, constant.name)
   self:register_buffer(constant.name, constant.build {}, { constant = true })
+  constant.dtype = self[constant.name].dtype
+end
+
+local function add_norm(self, o, name, channels)
+  check_name(self, name)
+  self[name] = layers.BatchNorm2d { num_features = channels, eps = o.eps, momentum = o.momentum }
 end
 
 local function add_training_form(self, o, plan)
@@ -87,10 +111,8 @@ local function add_training_form(self, o, plan)
   for _, constant in ipairs(plan.constants) do add_constant(self, constant) end
   for _, constant in ipairs(plan.shown) do add_constant(self, constant) end
   if o.bias then self.bias = internal.Parameter(core.zeros(o.out_channels)) end
-  if o.post_bn then
-    check_name(self, o.post_bn)
-    self[o.post_bn] = layers.BatchNorm2d { num_features = o.out_channels, eps = o.eps, momentum = o.momentum }
-  end
+  for _, norm in ipairs(plan.norms) do add_norm(self, o, norm.name, norm.channels) end
+  if o.post_bn then add_norm(self, o, o.post_bn, o.out_channels) end
 end
 
 local function add_deployed_form(self, weight, bias)
@@ -108,13 +130,17 @@ function ReparamBlock:init(o, description)
   rawset(self, "kind", where)
   rawset(self, "options", o)
   rawset(self, "plan", reparam.compile(o, where))
+  self.se = o.se
   rawset(self, "geometry", { stride = o.stride, padding = o.padding, dilation = o.dilation, groups = o.groups })
   rawset(self, "whole", with(self.geometry, { act = o.act })) -- of a deployed or folded block
   if o.mode == "deploy" then
     add_deployed_form(self, core.zeros(o.out_channels, o.in_channels // o.groups, o.kernel_size[1], o.kernel_size[2]),
       core.zeros(o.out_channels))
   else
-    rawset(self, "mode", "online")
+    rawset(self, "mode", o.mode)
+    if o.mode == "offline" then
+      for _, chain in ipairs(self.plan.chains) do branches.place(chain, o) end
+    end
     add_training_form(self, o, self.plan)
   end
 end
@@ -135,54 +161,87 @@ local function need_branches(self, what)
   end
 end
 
-function ReparamBlock:squeezed_weight()
+local function to_float64(t)
+  return t:to("float64")
+end
+
+-- The type in which the block computes.
+local function dtype_of(self)
+  return (slots(self)[1] or self:parameters()[1]).dtype
+end
+
+-- The kernel of the block, or that of a nest inside.
+function ReparamBlock:squeezed_weight(nest)
   need_branches(self, "squeezed_weight")
-  return tree.squeeze(self.plan.tree, slots(self))
+  if nest then
+    local sum = self.plan.nests[nest]
+    if not sum then core.fail(("%s: there is no nest '%s'"):format(self.kind, tostring(nest))) end
+    return tree.squeeze(sum, slots(self))
+  end
+  if self.mode == "online" then return tree.squeeze(self.plan.tree, slots(self)) end
+  return core.no_grad(function()
+    local _, sum = branches.fold(self, slots(self, to_float64))
+    return sum:to(dtype_of(self))
+  end)
 end
 
 function ReparamBlock:branch_weights()
   need_branches(self, "branch_weights")
   local list, weights = slots(self), {}
-  for k, name in ipairs(self.plan.branches) do weights[name] = tree.branch(self.plan.tree, k, list) end
+  local kernels = self.mode == "offline" and core.no_grad(function() return (branches.fold(self, slots(self, to_float64))) end)
+  for k, name in ipairs(self.plan.branches) do
+    weights[name] = kernels and kernels[k]:to(dtype_of(self)) or tree.branch(self.plan.tree, k, list)
+  end
   return weights
 end
 
 -- Squeezes with the engine's fused pass (true at first) or leaf by leaf: the same kernel, to rounding.
 function ReparamBlock:set_fused(on)
   tree.set_fast(self.plan.tree, on)
+  for _, chain in ipairs(self.plan.chains) do
+    for _, layer in ipairs(chain.layers) do tree.set_fast(layer.tree, on) end
+  end
   return self
 end
 
 -- ---- one convolution with bias: squeezed and folded in float64, rounded once ----
 
-local function to_float64(t)
-  return t:to("float64")
+-- The sum of the branches; its bias is nil where it is zero.
+local function folded_sum(self)
+  local list = slots(self, to_float64)
+  if self.mode == "online" then return tree.squeeze(self.plan.tree, list) end
+  local _, weight, bias = branches.fold(self, list)
+  return weight, bias
 end
 
 local function folded(self)
   local o = self.options
   return core.no_grad(function()
-    local weight, bias
-    weight = tree.squeeze(self.plan.tree, slots(self, to_float64))
+    local weight, bias = folded_sum(self)
+    bias = bias or core.zeros({ o.out_channels }, { dtype = "float64", device = weight.device })
+    if o.bias then bias = bias + self.bias:to("float64") end
     if o.post_bn then
       local scale, shift = self[o.post_bn]:fold()
-      weight, bias = weight * scale:reshape(-1, 1, 1, 1), shift
-    elseif o.bias then
-      bias = self.bias:to("float64")
-    else
-      bias = core.zeros({ o.out_channels }, { dtype = "float64", device = weight.device })
+      weight, bias = weight * scale:reshape(-1, 1, 1, 1), bias * scale + shift
     end
-    local dtype = slots(self)[1].dtype
+    local dtype = dtype_of(self)
     return weight:to(dtype), bias:to(dtype)
   end)
+end
+
+-- All norms of a block: those behind layers and the one behind the sum.
+local function norms_of(self)
+  local list = {}
+  for k, norm in ipairs(self.plan.norms) do list[k] = self[norm.name] end
+  if self.options.post_bn then list[#list + 1] = self[self.options.post_bn] end
+  return list
 end
 
 -- Everything that the folded kernel depends on: the tensors, and their versions, which grow with every write. What it is computed
 -- in is no part of this: a kernel's cast for autocast is kept with its storage, beside it.
 local function fold_key(self)
   local key = slots(self)
-  local norm = self.options.post_bn and self[self.options.post_bn]
-  if norm then
+  for _, norm in ipairs(norms_of(self)) do
     for _, name in ipairs { "weight", "bias", "running_mean", "running_var" } do key[#key + 1] = norm[name] end
   end
   if self.options.bias then key[#key + 1] = self.bias end
@@ -198,10 +257,12 @@ local function same_key(a, b)
   return true
 end
 
--- The folded kernel may be kept only where no gradient can be asked of it and the norm's statistics stand still.
+-- The folded kernel may be kept only where no gradient can be asked of it and the norms' statistics stand still.
 local function may_fold(self)
-  local norm = self.options.post_bn and self[self.options.post_bn]
-  if self.training or (norm and (norm.training or not norm.running_var)) or not internal.no_hooks() then return false end
+  if self.training or not internal.no_hooks() then return false end
+  for _, norm in ipairs(norms_of(self)) do
+    if norm:uses_batch() then return false end
+  end
   if not core.is_grad_enabled() then return true end
   for _, p in ipairs(self:parameters()) do
     if p.requires_grad then return false end
@@ -220,8 +281,19 @@ local function kept_fold(self)
   return kept.weight, kept.bias
 end
 
+-- In another type, constants are what their definitions give in it, not what the former type had room for.
 function ReparamBlock:changed()
   rawset(self, KEPT, nil)
+  if self.mode == "deploy" then return end
+  for _, list in ipairs { self.plan.constants, self.plan.shown } do
+    for _, c in ipairs(list) do
+      local t = self[c.name]
+      if t.dtype ~= c.dtype and internal.is_constant(self, c.name) then
+        t:copy_(c.build { dtype = t.dtype, device = t.device })
+      end
+      c.dtype = t.dtype
+    end
+  end
 end
 
 -- ---- forward ----
@@ -232,6 +304,11 @@ local function done_with(t)
 end
 
 local function finished(self, y, residual)
+  if self.se then
+    local weighted = self.se(y)
+    done_with(y)
+    y = weighted
+  end
   if residual then
     local sum = y + residual
     done_with(y)
@@ -245,21 +322,26 @@ end
 
 -- One convolution that does everything.
 local function whole(self, x, weight, bias, residual)
+  if self.se then return finished(self, F.conv2d(x, weight, bias, self.geometry), residual) end
   return F.conv2d(x, weight, bias, residual and with(self.whole, { add = residual }) or self.whole)
 end
 
-local function online(self, x, residual)
-  local o = self.options
+-- One convolution with the squeezed kernel.
+local function squeezed(self, x)
   local plain = self.plan.plain -- the kernel is this parameter
   local weight = plain and self[plain] or tree.squeeze(self.plan.tree, slots(self), x, self.geometry)
   local y = F.conv2d(x, weight, self.bias, self.geometry)
   if not plain then weight:release() end
-  if o.post_bn then
-    local z = self[o.post_bn](y)
-    done_with(y)
-    y = z
-  end
-  return finished(self, y, residual)
+  return y
+end
+
+-- Every branch on the map.
+local function summed(self, x)
+  local y = branches.run(self, x, slots(self))
+  if not self.options.bias then return y end
+  local z = y + self.bias:reshape(1, -1, 1, 1)
+  done_with(y)
+  return z
 end
 
 -- With a residual, that is added before the activation.
@@ -271,7 +353,13 @@ function ReparamBlock:forward(x, residual)
     local weight, bias = kept_fold(self)
     return whole(self, x, weight, bias, residual)
   end
-  return online(self, x, residual)
+  local y, norm = self.mode == "online" and squeezed(self, x) or summed(self, x), self.options.post_bn
+  if norm then
+    local z = self[norm](y)
+    done_with(y)
+    y = z
+  end
+  return finished(self, y, residual)
 end
 
 -- ---- deploying ----
@@ -284,6 +372,7 @@ function ReparamBlock:deploy()
     for _, p in ipairs(self.plan.parameters) do self:remove(p.name) end
     for _, c in ipairs(self.plan.constants) do self:remove(c.name) end
     for _, c in ipairs(self.plan.shown) do self:remove(c.name) end
+    for _, norm in ipairs(self.plan.norms) do self:remove(norm.name) end
     if o.bias then self:remove("bias") end
     if o.post_bn then self:remove(o.post_bn) end
     add_deployed_form(self, weight, bias)
@@ -323,8 +412,9 @@ document("nn.ReparamBlock", [[
   >   {name = "plain", L.conv{3}}, {name = "smooth", scale = 0.5, L.conv{1}, L.average{3}}}}(orepa.ones(1, 4, 6, 6))]])
 
 document("b:squeezed_weight", [[
-  b:squeezed_weight() -> tensor
-  The one kernel of a block's branches, with gradients.
+  b:squeezed_weight(nest) -> tensor
+  The one kernel of a block's branches, with gradients; of an offline block by its norms' running statistics, and without. With
+  the path of a nest, that nest's kernel.
   > nn.OREPA{in_channels = 2, out_channels = 4, kernel_size = 3}:squeezed_weight()]])
 document("b:branch_weights", [[
   b:branch_weights() -> table

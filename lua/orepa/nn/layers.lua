@@ -99,12 +99,27 @@ function BatchNorm2d:init(o)
   self.options = o
 end
 
-function BatchNorm2d:forward(x)
-  local o = self.options
-  local training = self.training or not o.track_running_stats
+-- Whether it normalises by the statistics of the batch.
+function BatchNorm2d:uses_batch()
+  return self.training or not self.options.track_running_stats
+end
+
+-- What comes out is multiplied by `factor`, if there is one: a number for each channel.
+function BatchNorm2d:forward(x, factor)
+  local o, weight, bias = self.options, self.weight, self.bias
+  if factor then
+    weight, bias = weight and weight * factor or factor:expand(o.num_features), bias and bias * factor
+  end
+  local training = self:uses_batch()
   if training and o.track_running_stats and not core.is_recomputing() then self.num_batches_tracked:add_(1) end
-  return F.batch_norm(x, { weight = self.weight, bias = self.bias, running_mean = self.running_mean,
+  return F.batch_norm(x, { weight = weight, bias = bias, running_mean = self.running_mean,
     running_var = self.running_var, training = training, momentum = o.momentum, eps = o.eps })
+end
+
+-- Corrects the running mean for a constant that should have been added to the last batch, and was not.
+function BatchNorm2d:shift_statistics(constant)
+  if not self.running_mean or core.is_recomputing() then return end
+  core.no_grad(function() self.running_mean:add_(constant:detach() * self.options.momentum) end)
 end
 
 -- scale, shift in float64 with which evaluation multiplies and adds.
@@ -129,6 +144,31 @@ local ReLU = layer "ReLU"
 
 function ReLU.forward(_, x)
   return F.relu(x)
+end
+
+local Sigmoid = layer "Sigmoid"
+
+function Sigmoid.forward(_, x)
+  return x:sigmoid()
+end
+
+-- ---- squeeze-excite: channels are weighted by what their means say ----
+
+local SqueezeExcite = layer "SqueezeExcite"
+
+function SqueezeExcite:init(o)
+  o = options("SqueezeExcite", o, { channels = required, reduced = required })
+  local channels, reduced = whole(o.channels, 1, "SqueezeExcite", "channels"), whole(o.reduced, 1, "SqueezeExcite", "reduced")
+  self.reduce = Conv2d { in_channels = channels, out_channels = reduced, kernel_size = 1 }
+  self.expand = Conv2d { in_channels = reduced, out_channels = channels, kernel_size = 1 }
+end
+
+function SqueezeExcite:forward(x)
+  return x * self.expand(F.relu(self.reduce(F.adaptive_avg_pool2d(x)))):sigmoid()
+end
+
+function SqueezeExcite:extra()
+  return ("%d by %d"):format(self.reduce.options.in_channels, self.reduce.options.out_channels)
 end
 
 -- A class that passes its options to a function of F. A lone number is option `natural`.
@@ -171,10 +211,27 @@ document("norm:fold", [[
   norm:fold() -> scale, shift
   With what an nn.BatchNorm2d multiplies and adds in evaluation, a float64 number for each channel.
   > nn.BatchNorm2d(8):fold()]])
+document("norm:uses_batch", [[
+  norm:uses_batch() -> boolean
+  Whether a forward pass normalises by the statistics of the batch: in training, and always without running statistics.
+  > nn.BatchNorm2d(8):eval():uses_batch()]])
+document("norm:shift_statistics", [[
+  norm:shift_statistics(constant)
+  Corrects the running mean as if a constant, a number for each channel, had been added to the last batch.
+  > nn.BatchNorm2d(8):shift_statistics(orepa.ones(8))]])
 document("nn.ReLU", [[
   nn.ReLU() -> module
   F.relu as a layer.
   > nn.ReLU()(orepa.tensor({-1, 1}))]])
+document("nn.Sigmoid", [[
+  nn.Sigmoid() -> module
+  t:sigmoid() as a layer.
+  > nn.Sigmoid()(orepa.zeros(2))]])
+document("nn.SqueezeExcite", [[
+  nn.SqueezeExcite{channels=, reduced=} -> module
+  Multiplies each channel by a weight between 0 and 1, which two 1x1 convolutions (`reduce`, `expand`) make of all channels'
+  means.
+  > nn.SqueezeExcite{channels = 8, reduced = 2}(orepa.ones(1, 8, 4, 4))]])
 document("nn.MaxPool2d", [[
   nn.MaxPool2d{kernel_size=, stride=, padding=, dilation=, ceil_mode=} -> module
   F.max_pool2d as a layer; nn.MaxPool2d(2) names the window alone.

@@ -394,6 +394,8 @@ end
 
 local internal = {
   is_module = is_module,
+  -- Whether a buffer still is what the module's definition says.
+  is_constant = function(module, name) return module[BUFFERS][name] == "constant" end,
   Parameter = Parameter,
   -- Whether a handle that one of the library's layers made and another takes may be released: no hook saw it, and neither
   -- is a class of the user's.

@@ -1,0 +1,67 @@
+-- RepVGG (CVPR 2021): a stack of 3x3 blocks without residual sums. Names of modules are those of the reference.
+
+local orepa = require "orepa"
+local blocks = require "orepa.models.blocks"
+local options = require "orepa.options"
+local models = require "orepa.models"
+local nn, F = orepa.nn, orepa.F
+
+local RepVGG = nn.Module:extend("RepVGG")
+
+local known = {
+  num_blocks = options.required, width = options.required, groups = 1, reparam = "repvgg", classes = 1000, in_channels = 3,
+  deploy = false,
+}
+
+local function check(o)
+  if type(o.num_blocks) ~= "table" or #o.num_blocks ~= 4 then orepa.fail("repvgg: num_blocks is a list of four numbers") end
+  if type(o.width) ~= "table" or #o.width ~= 4 then orepa.fail("repvgg: width is a list of four numbers") end
+end
+
+function RepVGG:init(o)
+  o = options("repvgg", o, known)
+  check(o)
+  local conv = blocks.maker("repvgg", o.reparam, { "none", "dbb", "orepa", "repvgg", "orepa_vgg" })
+  local in_channels, position = math.min(64, math.floor(64 * o.width[1])), 0
+  self.stage0 = conv(o.in_channels, in_channels, 3, { stride = 2, act = "relu" })
+  for k = 1, 4 do
+    local planes, stage = math.floor(64 * 2 ^ (k - 1) * o.width[k]), nn.Sequential()
+    for n = 1, o.num_blocks[k] do
+      position = position + 1 -- every second layer is grouped
+      stage:add(conv(in_channels, planes, 3, { stride = n == 1 and 2 or 1, act = "relu",
+        groups = position % 2 == 0 and o.groups > 1 and o.groups or nil }))
+      in_channels = planes
+    end
+    self["stage" .. k] = stage
+  end
+  self.linear = nn.Linear { in_features = in_channels, out_features = o.classes }
+  if o.deploy then self:deploy() end
+end
+
+function RepVGG:forward(x)
+  for k = 0, 4 do x = self["stage" .. k](x) end
+  return self.linear(F.adaptive_avg_pool2d(x):flatten(2))
+end
+
+-- ---- names ----
+
+local shallow, deep = { 2, 4, 14, 1 }, { 4, 6, 16, 1 }
+
+local function register(name, num_blocks, width, groups)
+  models.register(name, function(o)
+    return RepVGG(options.with({ num_blocks = num_blocks, width = width, groups = groups }, o))
+  end)
+end
+
+models.register("repvgg", function(o) return RepVGG(o) end)
+register("repvgg_a0", shallow, { 0.75, 0.75, 0.75, 2.5 })
+register("repvgg_a1", shallow, { 1, 1, 1, 2.5 })
+register("repvgg_a2", shallow, { 1.5, 1.5, 1.5, 2.75 })
+register("repvgg_b0", deep, { 1, 1, 1, 2.5 })
+for name, width in pairs { b1 = { 2, 2, 2, 4 }, b2 = { 2.5, 2.5, 2.5, 5 }, b3 = { 3, 3, 3, 5 } } do
+  register("repvgg_" .. name, deep, width)
+  register("repvgg_" .. name .. "g2", deep, width, 2)
+  register("repvgg_" .. name .. "g4", deep, width, 4)
+end
+
+return RepVGG

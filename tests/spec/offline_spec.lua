@@ -1,0 +1,96 @@
+-- Offline blocks: every branch on the map, each layer with its norm. What they compute is what their description says, in
+-- training and evaluation, forward and backward, and deploying is exact.
+
+local orepa = require "orepa"
+local descriptions = require "tests.spec.descriptions"
+
+local DESCRIPTIONS = 200
+local WIDE, GRADIENT = 1e-10, 1e-9 -- relative errors allowed in float64: norms over a few pixels amplify rounding
+
+local function largest(t) return t:count() > 0 and t:abs():max():item() or 0 end
+
+-- `floor`: errors are relative to at least this much.
+local function same(name, got, wanted, limit, floor)
+  assert(got and wanted, name .. " is missing")
+  assert.same(wanted.shape, got.shape)
+  local a, b = got:detach():to("cpu"):to("float64"), wanted:detach():to("cpu"):to("float64")
+  local error, scale = largest(a - b), math.max(largest(b), floor or 0.1)
+  assert(error <= limit * scale, ("%s is off by %.3g of %.3g"):format(name, error, scale))
+end
+
+local function wide(t) return t:to("ref"):to("float64") end
+
+local function make(d, seed)
+  orepa.manual_seed(seed)
+  local block = wide(descriptions.fill(descriptions.build(d)))
+  local size = descriptions.map_size(d)
+  return block, wide(orepa.randn(3, d.in_channels, size[1], size[2])):requires_grad_()
+end
+
+local function gradients(block)
+  local list = {}
+  for name, p in block:named_parameters() do list[name] = p.grad and p.grad:clone() or orepa.zeros(p.shape) end
+  block:zero_grad()
+  return list
+end
+
+local function post_norm(d, block, training)
+  if not d.post_bn then return end
+  local bn = block[d.post_bn == true and "bn" or d.post_bn]
+  return { weight = bn.weight, bias = bn.bias, running_mean = bn.running_mean:clone(), running_var = bn.running_var:clone(),
+    training = training }
+end
+
+local function check(d, seed, training)
+  local block, x = make(d, seed)
+  block:train(training)
+  local norm = post_norm(d, block, training)
+  local sum, used, statistics = descriptions.run_offline(d, block, x, training)
+  local wanted = descriptions.finish(d, block, sum, norm)
+  local dy = wide(orepa.randn(wanted.shape))
+  wanted:backward(dy)
+  local dx, others = x.grad, gradients(block)
+  x.grad = nil
+  local y = block(x)
+  same("y", y, wanted, WIDE)
+  y:backward(dy)
+  same("the gradient of x", x.grad, dx, WIDE)
+  local floor = 0.1 -- of gradients that a norm makes vanish, only the rounding of the others' size is left
+  for _, g in pairs(others) do floor = math.max(floor, largest(g) / 10) end
+  for name, g in pairs(gradients(block)) do
+    same("the gradient of " .. name, g, others[name], GRADIENT, floor)
+    assert(used[name] or name == "bias" or name == "vector" or name:find "bn.weight$" or name:find "bn.bias$",
+      name .. " takes part in nothing")
+  end
+  for path, own in pairs(statistics) do
+    same(path .. ".running_mean", block[path].running_mean, own.mean, WIDE)
+    same(path .. ".running_var", block[path].running_var, own.var, WIDE)
+  end
+  return block, x
+end
+
+local function check_folded(block, x)
+  block:eval()
+  local y = block(x)
+  same("evaluation, folded", orepa.no_grad(function() return block(x) end), y, WIDE)
+  local sum
+  for _, w in pairs(block:branch_weights()) do sum = sum and sum + w or w end
+  same("the sum of branch_weights", sum, block:squeezed_weight(), WIDE)
+  same("the deployed block", block:deploy()(x), y, WIDE)
+  local names = {}
+  for name in block:named_parameters() do names[#names + 1] = name end
+  assert.same({ "reparam.weight", "reparam.bias" }, names)
+end
+
+describe("a random offline description", function()
+  for seed = 1, DESCRIPTIONS do
+    it(("%d computes what its branches do"):format(seed), function()
+      local d = descriptions.random_offline(seed)
+      local done, problem = pcall(function()
+        check_folded(check(d, seed, true))
+        check_folded(check(d, seed, false))
+      end)
+      if not done then error(("%s\n%s"):format(tostring(problem), descriptions.text(d)), 0) end
+    end)
+  end
+end)
