@@ -2,6 +2,7 @@
 
 local orepa = require "orepa.core"
 local document = require "orepa.document"
+local reparam = require "orepa.reparam"
 local cjson = require "cjson"
 
 local models = {}
@@ -31,6 +32,31 @@ function models.create(name, options)
   return net
 end
 
+-- The widths of a named network's stages: its own times a number, or a list instead.
+function models.scaled(own, width)
+  if type(width) == "table" then return width end
+  if width ~= nil and type(width) ~= "number" then
+    orepa.fail(("width is %s, a number or a list expected"):format(tostring(width)))
+  end
+  local list = {}
+  for k, w in ipairs(own) do list[k] = w * (width or 1) end
+  return list
+end
+
+-- For networks: a function conv(in_channels, out_channels, kernel_size, {stride=, groups=, act=}) that makes blocks of one kind,
+-- which must be in a list.
+function models.conv_maker(network, kind, kinds)
+  for _, known in ipairs(kinds) do
+    if kind == known then
+      return function(in_channels, out_channels, kernel_size, o)
+        return reparam.make(kind, { in_channels = in_channels, out_channels = out_channels, kernel_size = kernel_size,
+          stride = o.stride, groups = o.groups, act = o.act })
+      end
+    end
+  end
+  orepa.fail(("%s: reparam is '%s'; there are %s"):format(network, tostring(kind), table.concat(kinds, ", ")))
+end
+
 -- Whether the network's blocks are deployed: its first block says so.
 local function is_deployed(net)
   for _, module in net:named_modules() do
@@ -47,12 +73,36 @@ local function encoded(options)
   return "{" .. table.concat(entries, ",") .. "}"
 end
 
+-- What a network went through, as JSON; nil if nothing but, perhaps, being deployed in the end.
+local function encoded_changes(net)
+  local list, others = {}, false
+  for k, change in ipairs(net.changes or {}) do
+    local name, kind, o = change[1], change[2], change[3] or {}
+    if name == "expand" and type(kind) ~= "string" then
+      orepa.fail("models.save: this network was expanded by a function, which a file can't hold; use orepa.save")
+    end
+    others = others or name ~= "deploy"
+    list[k] = name == "deploy" and '["deploy"]' or name == "linearize" and ('["linearize",%s]'):format(encoded(kind))
+      or ('["expand",%s,%s]'):format(cjson.encode(kind), encoded(o))
+  end
+  return others and "[" .. table.concat(list, ",") .. "]" or nil
+end
+
+local function replay(net, changes)
+  for _, change in ipairs(changes) do
+    if change[1] == "deploy" then net:deploy() end
+    if change[1] == "linearize" then reparam.linearize(net, change[2]) end
+    if change[1] == "expand" then reparam.expand(net, change[2], change[3]) end
+  end
+end
+
 function models.save(net, path, meta)
   if not net.model_name then orepa.fail("models.save: this network was not made by models.create; use orepa.save") end
   local options = {}
   for key, value in pairs(net.model_options) do options[key] = value end
-  options.deploy = is_deployed(net) or nil
-  local all = { model = net.model_name, model_options = encoded(options) }
+  local changes = encoded_changes(net)
+  if not changes then options.deploy = is_deployed(net) or nil end
+  local all = { model = net.model_name, model_options = encoded(options), model_changes = changes }
   for key, value in pairs(meta or {}) do all[key] = value end
   local tensors, order = net:state_dict()
   orepa.save(path, tensors, all, order)
@@ -67,6 +117,7 @@ function models.load(path, options)
   local all = cjson.decode(meta.model_options)
   for key, value in pairs(options or {}) do all[key] = value end
   local net = models.create(meta.model, all)
+  if meta.model_changes then replay(net, cjson.decode(meta.model_changes)) end
   net:load_state_dict(tensors)
   return net, meta
 end
@@ -87,6 +138,15 @@ document("models.load", [[
   Makes the network that models.save wrote.
   > local models = require "orepa.models"; local path = os.tmpname()
   > models.save(models.create("resnet18", {classes = 10, width = 0.125}), path); return (models.load(path))]])
+document("models.scaled", [[
+  models.scaled(own, width) -> list
+  For networks that are written: the stages' widths `own` times a number (1 if there is none), or `width` itself if it is a list.
+  > return require("orepa.models").scaled({0.75, 0.75, 0.75, 2.5}, 2)]])
+document("models.conv_maker", [[
+  models.conv_maker(network, kind, kinds) -> function
+  For networks that are written: conv(in_channels, out_channels, kernel_size, {stride=, groups=, act=}) makes blocks of a kind
+  (reparam.make); an error, in the network's name, if that is not in the list of kinds.
+  > return require("orepa.models").conv_maker("tiny", "orepa", {"none", "orepa"})(4, 8, 3, {act = "relu"})]])
 document("models.register", [[
   models.register(name, make)
   Adds a network under a name: make(options) gives the module.

@@ -61,7 +61,9 @@ local variants = {
 
 models.register("mobileone", function(o) return MobileOne(o) end)
 for name, variant in pairs(variants) do
-  models.register("mobileone_" .. name, function(o) return MobileOne(options.with(variant, o)) end)
+  models.register("mobileone_" .. name, function(o)
+    return MobileOne(options.with(variant, options.with(o, { width = models.scaled(variant.width, o.width) })))
+  end)
 end
 
 return MobileOne

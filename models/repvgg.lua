@@ -1,7 +1,6 @@
 -- RepVGG (CVPR 2021): a stack of 3x3 blocks without residual sums. Names of modules are those of the reference.
 
 local orepa = require "orepa"
-local blocks = require "orepa.models.blocks"
 local options = require "orepa.options"
 local models = require "orepa.models"
 local nn, F = orepa.nn, orepa.F
@@ -21,7 +20,7 @@ end
 function RepVGG:init(o)
   o = options("repvgg", o, known)
   check(o)
-  local conv = blocks.maker("repvgg", o.reparam, { "none", "dbb", "orepa", "repvgg", "orepa_vgg" })
+  local conv = models.conv_maker("repvgg", o.reparam, { "none", "dbb", "orepa", "repvgg", "orepa_vgg" })
   local in_channels, position = math.min(64, math.floor(64 * o.width[1])), 0
   self.stage0 = conv(o.in_channels, in_channels, 3, { stride = 2, act = "relu" })
   for k = 1, 4 do
@@ -49,7 +48,8 @@ local shallow, deep = { 2, 4, 14, 1 }, { 4, 6, 16, 1 }
 
 local function register(name, num_blocks, width, groups)
   models.register(name, function(o)
-    return RepVGG(options.with({ num_blocks = num_blocks, width = width, groups = groups }, o))
+    local fixed = { num_blocks = num_blocks, groups = groups }
+    return RepVGG(options.with(fixed, options.with(o, { width = models.scaled(width, o.width) })))
   end)
 end
 

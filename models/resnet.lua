@@ -2,7 +2,6 @@
 -- `reparam` and the kernel's size. Names of modules are those of the reference, so that its checkpoints load by name.
 
 local orepa = require "orepa"
-local blocks = require "orepa.models.blocks"
 local options = require "orepa.options"
 local models = require "orepa.models"
 local nn, F = orepa.nn, orepa.F
@@ -85,7 +84,7 @@ end
 function ResNet:init(o)
   o = options("resnet", o, known)
   check(o)
-  local conv = blocks.maker("resnet", o.reparam, { "none", "dbb", "orepa", "orepa_vgg" })
+  local conv = models.conv_maker("resnet", o.reparam, { "none", "dbb", "orepa", "orepa_vgg" })
   local residual = residuals[o.residual]
   local in_channels = math.floor(64 * multiplier(o.width, 1))
   self.stage0 = stem(conv, o.stem, o.in_channels, in_channels)

@@ -87,17 +87,17 @@ function SGD:zero_grad()
   end
 end
 
-local function check_deployed(self)
+local function check_gone(self)
   for k, p in ipairs(self.parameters) do
-    if internal.deployed_away[p] then
-      core.fail(("SGD: '%s' went when its block was deployed; make a new optimizer for the deployed network"):format(
-        self.names[k]))
+    if internal.gone[p] then
+      core.fail(("SGD: '%s' went when its block was %s; make a new optimizer for the network as it is now"):format(
+        self.names[k], internal.gone[p]))
     end
   end
 end
 
 function SGD:step()
-  check_deployed(self)
+  check_gone(self)
   core.sgd_step(self.parameters, self.velocities, self.rate_factors, self.decay_factors, { lr = self.lr,
     weight_decay = self.weight_decay, momentum = self.momentum, nesterov = self.nesterov })
 end

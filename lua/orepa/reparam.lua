@@ -6,9 +6,10 @@
 --   constants   list of {name, build(device), slot}   names that start with "~" are never saved
 --   tree        of the engine, whose slots are the parameters and constants
 --   branches    their names, in order
---   chains      for each branch {row, slot, turned, kernel, layers}: row of the parameter in a slot that scales it, size of its
---               kernel; a layer is {form, input, output, groups, kernel, tree, norm, parameter}: the tree of its kernel alone in
---               its own groups, its norm's path, the path of the parameter that is this kernel as it is
+--   chains      for each branch {row, slot, vector, kernel, layers}: row of the parameter `vector` in a slot that scales it,
+--               size of its kernel. A layer is {form, input, output, groups, kernel, tree, norm, path, plain, interleave,
+--               plus_identity, chains}: the tree of its kernel alone in its own groups, its norm's path, that of its parameter,
+--               whether this is the kernel as it is, what stands in between, and the branches of a nest
 --   nests       the tree of each nest, by its path
 --   norms       the paths of all norms behind layers, with their channels
 --   plain       the name of the parameter that is the block's kernel as it is, if there is one
@@ -214,7 +215,7 @@ local function take_norm(plan, l, s, where)
   return path
 end
 
--- The tree of one layer's kernel, and its output channels, size and groups; and the path of the parameter that is this kernel.
+-- The tree of one layer's kernel, and its output channels, size and groups; and what it is made of.
 local function build_kernel(plan, l, s, where)
   local form = l[FORM]
   check_keys(l, layer_options[form], where)
@@ -231,9 +232,9 @@ local function build_kernel(plan, l, s, where)
   local name = l.name and plan.path(l.name)
   if form == "nest" then
     local root = (name or ("%s.conv%s"):format(plan.root .. s.branch, s.number)) .. "."
-    local sum = build_sum(plan, l, s.channels, out, k, root, where, true)
+    local sum, _, chains = build_sum(plan, l, s.channels, out, k, root, where, true)
     plan.nests[root:sub(1, -2)] = sum
-    return sum, out, k, groups
+    return sum, out, k, groups, { chains = chains }
   elseif form == "identity" then
     return tree.leaf { kind = "identity", input = out, output = out, groups = out }, out, k, groups
   elseif form == "average" or form == "prior" then
@@ -241,14 +242,16 @@ local function build_kernel(plan, l, s, where)
   end
   local path = name or ("%s%s.conv%s.weight"):format(plan.root, s.branch, s.number)
   return conv_leaf(plan, l, form, s.channels, out, k, groups, path, s.init, where), out, k, groups,
-    not (l.plus_identity or l.interleave) and path or nil
+    { path = path, interleave = l.interleave, plus_identity = l.plus_identity }
 end
 
 local function build_layer(plan, l, s)
   local where = ("%s, layer %d (%s)"):format(s.where, s.position, l[FORM])
-  local layer = { form = l[FORM], input = s.channels }
   local root, path = plan.root, plan.path -- a nest has its own
-  layer.whole, layer.output, layer.kernel, layer.groups, layer.parameter = build_kernel(plan, l, s, where)
+  local whole_tree, out, kernel, groups, made_of = build_kernel(plan, l, s, where)
+  local layer = made_of or {}
+  layer.form, layer.whole, layer.input, layer.output, layer.kernel, layer.groups = l[FORM], whole_tree, s.channels, out, kernel,
+    groups
   plan.root, plan.path = root, path
   layer.norm = take_norm(plan, l, s, where)
   if layer.norm then plan.norms[#plan.norms + 1] = { name = layer.norm, channels = layer.output } end
@@ -256,7 +259,7 @@ local function build_layer(plan, l, s)
   local first = turned and { tree.leaf { kind = "identity", input = s.channels, output = s.channels, groups = s.channels } } or {}
   first[#first + 1] = layer.whole
   layer.tree = tree.chain(first, layer.groups, turned)
-  if turned then layer.parameter = nil end
+  layer.plain = layer.path and not (turned or layer.plus_identity or layer.interleave)
   return layer
 end
 
@@ -325,7 +328,7 @@ function build_sum(plan, d, input, out, kernel, root, where, nested)
     local slot = plan:parameter(root .. "vector", { #values, scaling == "vector" and out or 1 }, { rows = values }, where)
     for k, row in ipairs(rows) do
       trees[row.branch] = tree.scale(trees[row.branch], slot, k)
-      chains[row.branch].slot, chains[row.branch].row = slot, k
+      chains[row.branch].vector, chains[row.branch].slot, chains[row.branch].row = root .. "vector", slot, k
     end
   end
   return tree.sum(trees, plan.groups, kernel), names, chains

@@ -125,6 +125,7 @@ end
 function ReparamBlock:init(o, description)
   local given = merged(o, description)
   local where = given.kind or "ReparamBlock"
+  rawset(self, "description", with(given, {}))
   given.kind = nil
   o = checked(given, where)
   rawset(self, "kind", where)
@@ -214,8 +215,9 @@ local function folded_sum(self)
   return weight, bias
 end
 
-local function folded(self)
+local function folded(self, dtype)
   local o = self.options
+  dtype = dtype or dtype_of(self)
   return core.no_grad(function()
     local weight, bias = folded_sum(self)
     bias = bias or core.zeros({ o.out_channels }, { dtype = "float64", device = weight.device })
@@ -224,9 +226,14 @@ local function folded(self)
       local scale, shift = self[o.post_bn]:fold()
       weight, bias = weight * scale:reshape(-1, 1, 1, 1), bias * scale + shift
     end
-    local dtype = dtype_of(self)
     return weight:to(dtype), bias:to(dtype)
   end)
+end
+
+-- Kernel and bias of the one convolution that evaluation is, in a type (the block's own if none is given).
+function ReparamBlock:fold(dtype)
+  need_branches(self, "fold")
+  return folded(self, dtype)
 end
 
 -- All norms of a block: those behind layers and the one behind the sum.
@@ -368,7 +375,7 @@ function ReparamBlock:deploy()
   if self.mode ~= "deploy" then
     local o = self.options
     local weight, bias = folded(self)
-    for _, p in ipairs(self:parameters()) do internal.deployed_away[p] = true end
+    for _, p in ipairs(self:parameters()) do internal.gone[p] = "deployed" end
     for _, p in ipairs(self.plan.parameters) do self:remove(p.name) end
     for _, c in ipairs(self.plan.constants) do self:remove(c.name) end
     for _, c in ipairs(self.plan.shown) do self:remove(c.name) end
@@ -420,6 +427,10 @@ document("b:branch_weights", [[
   b:branch_weights() -> table
   From a branch's name to the kernel that it adds to the squeezed one.
   > nn.OREPA{in_channels = 2, out_channels = 4, kernel_size = 3}:branch_weights().origin]])
+document("b:fold", [[
+  b:fold(type) -> weight, bias
+  The one convolution that the block is in evaluation, its norms folded; in the block's own type or another. The block stays.
+  > nn.OREPA{in_channels = 2, out_channels = 4, kernel_size = 3}:fold()]])
 document("b:set_fused", [[
   b:set_fused(on) -> b
   Whether squeezing uses the engine's fused pass, where it has one (as at first), or composes leaf by leaf: equal to rounding.

@@ -51,7 +51,7 @@ end
 
 -- The kernel of a layer on its own, in its own groups.
 local function kernel_of(block, layer, slots, x, geometry)
-  if layer.parameter then return block[layer.parameter] end
+  if layer.plain then return block[layer.path] end
   return tree.squeeze(layer.tree, slots, x, geometry)
 end
 

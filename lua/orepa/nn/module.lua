@@ -247,12 +247,20 @@ function Module:zero_grad()
   for _, p in self:named_parameters() do p.grad = nil end
 end
 
+-- What a network has become since it was made, in order, so that a file of it can tell.
+local function note(self, change)
+  local list = rawget(self, "changes") or {}
+  list[#list + 1] = change
+  rawset(self, "changes", list)
+end
+
 function Module:deploy()
   local blocks = {}
   for _, module in self:named_modules() do
     if module ~= self and module.deploy ~= Module.deploy then blocks[#blocks + 1] = module end
   end
   for _, block in ipairs(blocks) do block:deploy() end
+  if #blocks > 0 then note(self, { "deploy" }) end
   return self:eval()
 end
 
@@ -394,6 +402,7 @@ end
 
 local internal = {
   is_module = is_module,
+  note = note,
   -- Whether a buffer still is what the module's definition says.
   is_constant = function(module, name) return module[BUFFERS][name] == "constant" end,
   Parameter = Parameter,
@@ -405,8 +414,8 @@ local internal = {
   end,
   WRAPPED = WRAPPED, -- the key of what a module wraps
   no_hooks = function() return hooks == 0 end,
-  -- Parameters that deploying took away, so that an optimizer that still holds them can say so.
-  deployed_away = setmetatable({}, { __mode = "k" }),
+  -- Parameters that a block no longer has, and why, so that an optimizer that still holds them can say so.
+  gone = setmetatable({}, { __mode = "k" }),
 }
 
 document("nn.Parameter", [[
