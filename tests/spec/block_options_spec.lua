@@ -415,3 +415,124 @@ describe("initial values", function()
     check_rows(b.vector, { 0.5, 1 }, 1)
   end)
 end)
+
+-- ---- why a description is refused: what it asks for is no single convolution ----
+
+local F = orepa.F
+
+local function wide(t) return t:to("ref"):to("float64") end
+
+local function largest(t) return t:abs():max():item() end
+
+-- A linear map's answers to single ones at each place: the kernel that it would be, seen from there. A convolution's are all
+-- the same, but for the place.
+local function responses(f, size)
+  local list = {}
+  for h = 1, size do
+    for w = 1, size do
+      local x = orepa.zeros(1, 1, size, size)
+      x:select(3, h):select(3, w):fill_(1)
+      list[#list + 1] = { h = h, w = w, y = f(wide(x)) }
+    end
+  end
+  return list
+end
+
+-- Whether f is a convolution with some k x k kernel, padding k // 2: each response is the one in the middle, moved.
+local function is_convolution(f, size, k)
+  local list = responses(f, size)
+  local kernel = wide(orepa.zeros(k, k)) -- kernel[a][b] = y at (middle - a, middle - b), as seen from the middle
+  local middle = (size + 1) // 2
+  for _, r in ipairs(list) do
+    if r.h == middle and r.w == middle then
+      for a = 1, k do
+        for b = 1, k do kernel[a][b] = r.y[1][1][middle + (k + 1) // 2 - a][middle + (k + 1) // 2 - b]:item() end
+      end
+    end
+  end
+  for _, r in ipairs(list) do
+    local x = orepa.zeros(1, 1, size, size)
+    x:select(3, r.h):select(3, r.w):fill_(1)
+    local y = F.conv2d(wide(x), kernel:reshape(1, 1, k, k), { padding = k // 2 })
+    if y.shape[3] ~= r.y.shape[3] or largest(y - r.y) > 1e-9 then return false end
+  end
+  return true
+end
+
+describe("what is refused", function()
+  local a, b, point
+  before_each(function()
+    orepa.manual_seed(4)
+    a, b, point = wide(orepa.randn(1, 1, 3, 3)), wide(orepa.randn(1, 1, 3, 3)), wide(orepa.randn(1, 1, 1, 1))
+  end)
+
+  it("would not be one convolution: the check tells them apart", function()
+    assert.is_true(is_convolution(function(x) return F.conv2d(x, a, { padding = 1 }) end, 9, 3))
+    assert.is_true(is_convolution(function(x)
+      return F.conv2d(F.conv2d(orepa.pad(x, { 0, 0, 0, 0, 2, 2, 2, 2 }), a), b)
+    end, 9, 5))
+    assert.is_false(is_convolution(function(x) return F.conv2d(x, a, { padding = 1 }) end, 9, 1))
+  end)
+
+  it("padding between layers", function()
+    local function f(x) return F.conv2d(F.conv2d(x, a, { padding = 1 }), b, { padding = 1 }) end
+    assert.is_false(is_convolution(f, 9, 5))
+  end)
+
+  it("a stride before the last layer, within the block's kernel", function()
+    -- stride 2, then 3x3: the composed kernel is 7x7, no 5x5 with stride 2 comes near
+    local x = wide(orepa.zeros(1, 1, 15, 15))
+    x:select(3, 8):select(3, 10):fill_(1)
+    local y = F.conv2d(F.conv2d(x, a, { padding = 1, stride = 2 }), b, { padding = 1 })
+    local reached = 0 -- outputs that see one input, in a row: a 5x5 kernel with stride 2 has at most three
+    for w = 1, y.shape[4] do
+      if largest(y:select(4, w)) > 0 then reached = reached + 1 end
+    end
+    assert(reached > 3, reached)
+  end)
+
+  it("a dilation of one layer, within the sizes that a composition has", function()
+    local function f(x)
+      return F.conv2d(F.conv2d(orepa.pad(x, { 0, 0, 0, 0, 3, 3, 3, 3 }), a, { dilation = 2 }), b)
+    end
+    assert.is_false(is_convolution(f, 11, 5))
+    assert.is_true(is_convolution(f, 11, 7))
+  end)
+
+  it("a bias before padding", function()
+    local zero = wide(orepa.zeros(1, 1, 7, 7))
+    local y = F.conv2d(F.conv2d(zero, point, wide(orepa.ones(1))), a, { padding = 1 })
+    assert(largest(y - y:select(3, 4):select(3, 4):reshape(1, 1, 1, 1)) > 1e-3) -- no bias of one convolution is that
+  end)
+
+  it("an even kernel beside an odd one", function()
+    local even = wide(orepa.randn(1, 1, 2, 2))
+    local first = F.conv2d(orepa.pad(wide(orepa.ones(1, 1, 6, 6)), { 0, 0, 0, 0, 1, 0, 1, 0 }), even)
+    local second = F.conv2d(orepa.pad(wide(orepa.ones(1, 1, 6, 6)), { 0, 0, 0, 0, 0, 1, 0, 1 }), even)
+    assert(largest(first - second) > 1e-3) -- two places are as near to the centre, and differ
+  end)
+
+  it("a kernel larger than the block's", function()
+    local function f(x) return F.conv2d(x, wide(orepa.ones(1, 1, 5, 5)), { padding = 2 }) end
+    assert.is_false(is_convolution(f, 9, 3))
+    assert.is_true(is_convolution(f, 9, 5))
+  end)
+
+  it("a norm behind a layer, online: its scale depends on the whole batch", function()
+    local x = wide(orepa.randn(4, 1, 6, 6))
+    local function f(t) return F.batch_norm(F.conv2d(t, a), { training = true }) end
+    assert(largest(f(x * 2) - f(x) * 2) > 1e-3) -- not linear
+  end)
+
+  it("groups that are no multiple of the block's: channels of different groups would mix", function()
+    local x = wide(orepa.zeros(1, 6, 1, 1))
+    x:select(2, 3):fill_(1) -- the last of the first of two groups, in the middle one of three
+    local y = F.conv2d(x, wide(orepa.ones(6, 2, 1, 1)), { groups = 3 })
+    assert(largest(y:slice(2, 4, 6)) > 0)
+  end)
+
+  it("an identity between other channels: there is no channel for it", function()
+    local done = pcall(function() return wide(orepa.ones(1, 4, 3, 3)) + wide(orepa.ones(1, 6, 3, 3)) end)
+    assert.is_false(done)
+  end)
+end)

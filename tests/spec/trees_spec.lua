@@ -5,8 +5,9 @@ local orepa = require "orepa"
 local descriptions = require "tests.spec.descriptions"
 local nn, F, L = orepa.nn, orepa.F, orepa.reparam
 
-local DESCRIPTIONS = 200
-local WIDE, NARROW = 1e-11, 3e-5 -- relative errors allowed in float64 and float32
+local DESCRIPTIONS, PART = 200, 500
+local MANY = math.tointeger(tonumber(os.getenv "OREPA_CASES" or 10000)) -- fewer where the same is run again
+local WIDE, NARROW = 1e-10, 3e-5 -- relative errors allowed in float64 and float32
 
 -- ---- comparing ----
 
@@ -140,6 +141,20 @@ describe("a random description", function()
       if not done then
         error(("%s\n%s"):format(type(problem) == "table" and tostring(problem.message or problem) or problem,
           descriptions.text(d)), 0)
+      end
+    end)
+  end
+end)
+
+-- The first ones in every form, all of them in float64, forward and backward.
+describe("many random descriptions", function()
+  for first = DESCRIPTIONS + 1, MANY, PART do
+    local last = math.min(first + PART - 1, MANY)
+    it(("%d to %d squeeze to what their branches compute on the map"):format(first, last), function()
+      for seed = first, last do
+        local d = descriptions.random(seed)
+        local done, problem = pcall(check_branches, d, seed, seed % 2 == 0)
+        if not done then error(("%d: %s\n%s"):format(seed, tostring(problem), descriptions.text(d)), 0) end
       end
     end)
   end
