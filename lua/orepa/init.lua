@@ -9,5 +9,6 @@ for name, value in pairs(require "orepa.data") do
   orepa.data[name] = value
 end
 orepa.train = require "orepa.train"
+orepa.diagnose = require "orepa.diagnose"
 
 return orepa

@@ -304,16 +304,15 @@ function build_sum(plan, d, input, out, kernel, root, where, nested)
   local branches = entries(d.branches, where, "branches")
   need(#branches > 0, where, "it has no branches")
   plan.root = root
-  local trees, chains, names, rows = {}, {}, {}, {}
+  local trees, chains, names, known, rows = {}, {}, {}, {}, {}
   for k, b in ipairs(branches) do
     local name = b.name or ("branch%d"):format(k - 1)
     need(type(name) == "string", where, "branch %d: its name is a %s", k, type(name))
     local s = { where = ("%s, branch '%s'"):format(where, name), branch = name, input = input, out = out,
       kernel = kernel, init = init, nested = nested }
-    need(not names[name], s.where, "two branches have this name")
-    names[name] = true
+    need(not known[name], s.where, "two branches have this name")
+    known[name], names[k] = true, name
     trees[k], chains[k] = build_branch(plan, b, s)
-    names[k] = name
     if scaling ~= "none" and b.scale ~= false then
       need(b.scale == nil or type(b.scale) == "number", s.where, "scale: a number or false expected")
       rows[#rows + 1] = { branch = k, value = b.scale or 1 }

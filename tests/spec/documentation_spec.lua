@@ -17,11 +17,12 @@ local some = nn.Parameter(orepa.ones(1))
 local images = data.images { images = orepa.zeros(2, 4, 4), labels = orepa.zeros({ 2 }, { dtype = "int64" }), classes = 2 }
 local places = {
   orepa = orepa, F = orepa.F, nn = nn, optim = optim, data = data, train = orepa.train, reparam = orepa.reparam,
-  models = models, datasets = datasets,
+  models = models, datasets = datasets, diagnose = orepa.diagnose,
 }
 local objects = {
   t = { orepa.methods }, m = { nn.Module }, b = { nn.ReparamBlock }, list = { nn.ModuleList, nn.Sequential },
   norm = { nn.BatchNorm2d }, opt = { getmetatable(optim.SGD({ some }, { lr = 1 })).__index },
+  watch = { getmetatable(orepa.diagnose.watch(nn.ConvBN { in_channels = 1, out_channels = 1, kernel_size = 1 })).__index },
   loader = { getmetatable(data.loader { dataset = images, batch_size = 1 }).__index },
 }
 

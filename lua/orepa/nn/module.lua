@@ -215,6 +215,45 @@ function Module:remove(name)
   rawset(self, name, nil)
 end
 
+-- ---- copies ----
+
+local function shallow(t)
+  local copy = {}
+  for key, value in pairs(t) do copy[key] = value end
+  return copy
+end
+
+local function copied_tensor(t, copies)
+  if not copies[t] then
+    local copy = t:detach():clone()
+    if parameters[t] then Parameter(copy):requires_grad_(t.requires_grad) end
+    copies[t] = copy
+  end
+  return copies[t]
+end
+
+-- `copies` holds what was copied, so that what is shared is shared again.
+local function copied(module, copies)
+  if copies[module] then return copies[module] end
+  local copy = setmetatable({}, getmetatable(module))
+  copies[module] = copy
+  for key, value in next, module do
+    if key == ORDER or key == BUFFERS or key == "changes" then
+      value = shallow(value)
+    elseif is_module(value) then
+      value = copied(value, copies)
+    elseif core.is_tensor(value) then
+      value = copied_tensor(value, copies)
+    end
+    if key ~= HOOKS then rawset(copy, key, value) end
+  end
+  return copy
+end
+
+function Module:clone()
+  return copied(self, {})
+end
+
 -- ---- modes, devices ----
 
 function Module:train(on)
@@ -451,6 +490,8 @@ for name, text in pairs {
   remove = { "m:remove(name)", "Takes a field away: a parameter, a buffer or a module.", 'SMALL:get("0"):remove "bias"' },
   train = { "m:train(on) -> m", "Puts all modules into training mode; false: into evaluation mode.", "SMALL:train()" },
   eval = { "m:eval() -> m", "Puts all modules into evaluation mode.", "SMALL:eval()" },
+  clone = { "m:clone() -> m", "A copy with tensors of its own, without gradients and hooks. Tables in fields are shared, and "
+    .. "what the module shares with itself, the copy does too.", "SMALL:clone()" },
   changed = { "m:changed()", "Called when mode, place or weights were changed from outside; blocks drop what they kept.",
     "SMALL:changed()" },
   to = { "m:to(type or device) -> m", "Converts or moves parameters and buffers in place; a type goes to floats alone.",
