@@ -37,6 +37,11 @@ OREPA_API const char *orepa_archive_metadata_key(const orepa_archive *archive, s
 OREPA_API const char *orepa_archive_metadata_value(const orepa_archive *archive, size_t position);
 OREPA_API const char *orepa_archive_find_metadata(const orepa_archive *archive, const char *key);
 
+/* ---- any of them ------------------------------------------------------------------------------------------------- */
+
+/* Reads a safetensors file or a checkpoint of PyTorch's; the first bytes say which, not the name. */
+OREPA_API orepa_archive *orepa_load(const char *path, const orepa_device *device);
+
 /* ---- safetensors ------------------------------------------------------------------------------------------------- */
 
 /* Reads a whole file, its tensors onto the device, in the order of the file's header. The types are F32 BF16 F16 F64
@@ -49,6 +54,22 @@ OREPA_API orepa_archive *orepa_load_safetensors(const char *path, const orepa_de
  * laid out by falling size of type, so that each is aligned. The file is written beside the path, synced and renamed:
  * after a failure the path holds what it held before. */
 OREPA_API int orepa_save_safetensors(const char *path, const orepa_archive *archive);
+
+/* ---- PyTorch's checkpoints: .pth, .pt, .pth.tar ------------------------------------------------------------------ */
+
+/* Reads what torch.save wrote, in the ZIP container or the one before PyTorch 1.6, its tensors onto the device. Nothing
+ * in the file is run. Dictionaries and lists become paths with dots: "state_dict.conv1.weight"; a lone tensor is called
+ * "tensor". A module that was saved as an object is read as its state dict. Each tensor has its own contiguous memory,
+ * whatever storage it shared in the file; one object under two names is one tensor.
+ *
+ * Numbers, strings, None, devices and types, and lists of those, are metadata, as JSON writes them, strings as they
+ * are. What is neither (objects of classes, tensors of a type or with more dimensions than tensors have here) is kept
+ * out: the metadata's "__kept_out__" has a line "path: what it is" for each.
+ *
+ * A file that breaks a rule of the format is refused before any tensor is read; so is one that is compressed,
+ * big-endian or TorchScript. The message has the path, the place or the tensor, and the rule. No more memory is asked
+ * for than a small multiple of the file's real size. */
+OREPA_API orepa_archive *orepa_load_pytorch(const char *path, const orepa_device *device);
 
 #ifdef __cplusplus
 }

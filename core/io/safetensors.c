@@ -10,16 +10,16 @@
 #include "io/safetensors.h"
 
 #include <jansson.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "error.h"
+#include "io/format.h"
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the tensors' bytes are copied as they are");
 
-enum { LENGTH_BYTES = 8, HEADER_ALIGNMENT = 8, MOST_HEADER_BYTES = 100000000, DEEPEST = 3, QUOTED_BYTES = 96 };
+enum { LENGTH_BYTES = 8, HEADER_ALIGNMENT = 8, MOST_HEADER_BYTES = 100000000, DEEPEST = 3 };
 
 static const int64_t MOST_INTEGER = (int64_t)1 << 53; /* beyond, other readers of JSON lose digits */
 
@@ -28,70 +28,19 @@ static const char *const type_names[OREPA_DTYPES] = {
     [OREPA_INT64] = "I64",   [OREPA_INT32] = "I32",     [OREPA_UINT8] = "U8",    [OREPA_BOOL] = "BOOL",
 };
 
-/* ---- messages ---- */
-
-/* Text from a file, made fit for a message: cut where a character ends, and no control characters. */
-static const char *printable(const char *text, char printed[QUOTED_BYTES]) {
-  size_t length = strlen(text);
-  bool cut = length >= QUOTED_BYTES - 3;
-  if (cut)
-    for (length = QUOTED_BYTES - 4; length && ((unsigned char)text[length] & 0xc0) == 0x80;)
-      length--;
-  for (size_t k = 0; k < length; k++)
-    printed[k] = (unsigned char)text[k] < 0x20 || text[k] == 0x7f ? '?' : text[k];
-  strcpy(printed + length, cut ? "..." : "");
-  return printed;
-}
-
-/* "PATH: tensor "NAME": " and what is wrong; without a tensor: "PATH: ". Returns -1. */
-__attribute__((format(printf, 3, 4))) static int refuse(const file_reader *file, const char *tensor, const char *format,
-                                                        ...) {
-  char text[1024], name[QUOTED_BYTES];
-  va_list arguments;
-  va_start(arguments, format);
-  vsnprintf(text, sizeof text, format, arguments);
-  va_end(arguments);
-  if (!tensor)
-    return error_set("%s: %s", file->path, text);
-  return error_set("%s: tensor \"%s\": %s", file->path, printable(tensor, name), text);
+static const char *shown(const char *text, char printed[FORMAT_QUOTED_BYTES]) {
+  return format_printable(text, strlen(text), printed);
 }
 
 /* ---- the header's bytes ---- */
 
-/* What lies under such a name by mistake, by its first bytes. None is the length of a possible header, but for those
- * that looks_compressed knows. */
-static const struct {
-  const char *start, *what;
-} strangers[] = {
-    {"PK\3\4", "a ZIP archive, such as PyTorch's .pth"},
-    {"version https://git-lfs", "a Git LFS pointer, which stands for the file (git lfs pull fetches it)"},
-    {"<", "an HTML or XML page"},
-    {"\x80\2", "a Python pickle, such as an old .pth"},
-    {"\x1f\x8b", "compressed with gzip"},
-    {"\x89HDF", "an HDF5 file"},
-    {"\x93NUMPY", "a NumPy array"},
-    {"GGUF", "a GGUF file"},
-    {"{", "JSON text, such as the index of several files"},
-};
-
-static const char *stranger(const file_reader *file) {
-  char start[64] = "";
-  size_t bytes = file->size < (int64_t)sizeof start ? (size_t)file->size : sizeof start - 1;
-  if (file_read(file, 0, start, bytes))
-    return NULL;
-  const char *text = start + strspn(start, " \t\r\n");
-  for (size_t k = 0; k < sizeof strangers / sizeof *strangers; k++)
-    if (!strncmp(text, strangers[k].start, strlen(strangers[k].start)))
-      return strangers[k].what;
-  return NULL;
-}
-
 static int refuse_stranger(const file_reader *file, uint64_t length) {
-  const char *what = stranger(file);
+  const char *what = format_stranger(file);
   if (what)
-    return refuse(file, NULL, "is no safetensors file but %s", what);
-  return refuse(file, NULL, "is no safetensors file: its first 8 bytes say %llu, and a header has at most %d bytes",
-                (unsigned long long)length, MOST_HEADER_BYTES);
+    return format_refuse(file, NULL, "is no safetensors file but %s", what);
+  return format_refuse(file, NULL,
+                       "is no safetensors file: its first 8 bytes say %llu, and a header has at most %d bytes",
+                       (unsigned long long)length, MOST_HEADER_BYTES);
 }
 
 /* A ZIP archive or a gzip stream, whose first 8 bytes can be the length of a header; but then no '{' follows them. */
@@ -103,9 +52,9 @@ static bool looks_compressed(const unsigned char bytes[LENGTH_BYTES + 1]) {
 static int64_t header_length(const file_reader *file) {
   unsigned char bytes[LENGTH_BYTES + 1] = {0};
   if (file->size == 0)
-    return refuse(file, NULL, "is empty");
+    return format_refuse(file, NULL, "is empty");
   if (file->size < LENGTH_BYTES)
-    return refuse(file, NULL, "is no safetensors file: it has %lld bytes", (long long)file->size);
+    return format_refuse(file, NULL, "is no safetensors file: it has %lld bytes", (long long)file->size);
   if (file_read(file, 0, bytes, file->size < (int64_t)sizeof bytes ? (size_t)file->size : sizeof bytes))
     return -1;
   uint64_t length = 0;
@@ -114,8 +63,8 @@ static int64_t header_length(const file_reader *file) {
   if (length > MOST_HEADER_BYTES || looks_compressed(bytes))
     return refuse_stranger(file, length);
   if ((int64_t)length > file->size - LENGTH_BYTES)
-    return refuse(file, NULL, "is truncated: its header has %lld bytes, and %lld follow", (long long)length,
-                  (long long)(file->size - LENGTH_BYTES));
+    return format_refuse(file, NULL, "is truncated: its header has %lld bytes, and %lld follow", (long long)length,
+                         (long long)(file->size - LENGTH_BYTES));
   return (int64_t)length;
 }
 
@@ -133,7 +82,7 @@ static int check_depth(const file_reader *file, const char *text, size_t length)
     else if (!quoted && (text[k] == '}' || text[k] == ']'))
       depth--;
     if (depth > DEEPEST)
-      return refuse(file, NULL, "the header is nested more than %d deep at its byte %zu", DEEPEST, k);
+      return format_refuse(file, NULL, "the header is nested more than %d deep at its byte %zu", DEEPEST, k);
   }
   return 0;
 }
@@ -142,14 +91,14 @@ static json_t *parse(const file_reader *file, const char *text, size_t length) {
   while (length && text[length - 1] == ' ')
     length--;
   if (!length || text[0] != '{' || text[length - 1] != '}') {
-    refuse(file, NULL, "the header does not begin with '{' and end with '}' and spaces");
+    format_refuse(file, NULL, "the header does not begin with '{' and end with '}' and spaces");
     return NULL;
   }
   if (check_depth(file, text, length))
     return NULL;
   json_error_t error = {.text = ""};
   json_t *json = json_loadb(text, length, JSON_REJECT_DUPLICATES, &error);
-  char printed[QUOTED_BYTES];
+  char printed[FORMAT_QUOTED_BYTES];
   if (json)
     return json;
   for (char *c = error.text; *c; c++)
@@ -158,8 +107,8 @@ static json_t *parse(const file_reader *file, const char *text, size_t length) {
   if (!error.text[0] || json_error_code(&error) == json_error_out_of_memory)
     error_out_of_memory("%s: out of memory: no room for a header of %zu bytes", file->path, length);
   else
-    refuse(file, NULL, "the header is no valid JSON: %s (at its byte %d)", printable(error.text, printed),
-           error.position);
+    format_refuse(file, NULL, "the header is no valid JSON: %s (at its byte %d)", shown(error.text, printed),
+                  error.position);
   return NULL;
 }
 
@@ -199,16 +148,16 @@ typedef struct {
 
 static int read_dtype(const header *h, tensor_entry *e, json_t *json) {
   const char *name = json_string_value(json);
-  char printed[QUOTED_BYTES];
+  char printed[FORMAT_QUOTED_BYTES];
   if (!name)
-    return refuse(h->file, e->name, "dtype is not a string");
+    return format_refuse(h->file, e->name, "dtype is not a string");
   for (int k = 0; k < OREPA_DTYPES; k++)
     if (!strcmp(name, type_names[k])) {
       e->dtype = (orepa_dtype)k;
       return 0;
     }
-  return refuse(h->file, e->name, "the type %s is not supported (F32 BF16 F16 F64 I64 I32 U8 BOOL are)",
-                printable(name, printed));
+  return format_refuse(h->file, e->name, "the type %s is not supported (F32 BF16 F16 F64 I64 I32 U8 BOOL are)",
+                       shown(name, printed));
 }
 
 static int read_integers(const header *h, const char *tensor, const char *field, json_t *list, int64_t *values) {
@@ -217,19 +166,19 @@ static int read_integers(const header *h, const char *tensor, const char *field,
   json_array_foreach(list, k, item) {
     values[k] = json_integer_value(item);
     if (!json_is_integer(item))
-      return refuse(h->file, tensor, "%s holds what is no integer", field);
+      return format_refuse(h->file, tensor, "%s holds what is no integer", field);
     if (values[k] < 0 || values[k] > MOST_INTEGER)
-      return refuse(h->file, tensor, "%s holds %lld, which is not in 0 ... 2^53", field, (long long)values[k]);
+      return format_refuse(h->file, tensor, "%s holds %lld, which is not in 0 ... 2^53", field, (long long)values[k]);
   }
   return 0;
 }
 
 static int read_shape(const header *h, tensor_entry *e, json_t *json) {
   if (!json_is_array(json))
-    return refuse(h->file, e->name, "shape is not a list");
+    return format_refuse(h->file, e->name, "shape is not a list");
   if (json_array_size(json) > OREPA_MAX_RANK)
-    return refuse(h->file, e->name, "it has %zu dimensions, and at most %d are supported", json_array_size(json),
-                  OREPA_MAX_RANK);
+    return format_refuse(h->file, e->name, "it has %zu dimensions, and at most %d are supported", json_array_size(json),
+                         OREPA_MAX_RANK);
   e->rank = (int)json_array_size(json);
   return read_integers(h, e->name, "shape", json, e->shape);
 }
@@ -237,36 +186,25 @@ static int read_shape(const header *h, tensor_entry *e, json_t *json) {
 static int read_offsets(const header *h, tensor_entry *e, json_t *json) {
   int64_t offsets[2];
   if (!json_is_array(json) || json_array_size(json) != 2)
-    return refuse(h->file, e->name, "data_offsets is not a list of two");
+    return format_refuse(h->file, e->name, "data_offsets is not a list of two");
   if (read_integers(h, e->name, "data_offsets", json, offsets))
     return -1;
   e->begin = offsets[0];
   e->end = offsets[1];
   if (e->begin > e->end)
-    return refuse(h->file, e->name, "data_offsets [%lld, %lld] end before they begin", (long long)e->begin,
-                  (long long)e->end);
+    return format_refuse(h->file, e->name, "data_offsets [%lld, %lld] end before they begin", (long long)e->begin,
+                         (long long)e->end);
   return 0;
 }
 
-/* The bytes of a shape; -1: too many to count, even where another size is 0. */
-static int64_t count_bytes(orepa_dtype dtype, int rank, const int64_t *shape) {
-  int64_t bytes = (int64_t)orepa_dtype_size(dtype), nonzero = bytes;
-  for (int d = 0; d < rank; d++) {
-    if (__builtin_mul_overflow(nonzero, shape[d] ? shape[d] : 1, &nonzero))
-      return -1;
-    bytes = shape[d] ? nonzero * (bytes != 0) : 0;
-  }
-  return bytes;
-}
-
 static int check_size(const header *h, const tensor_entry *e) {
-  int64_t wanted = count_bytes(e->dtype, e->rank, e->shape), given = e->end - e->begin;
+  int64_t wanted = format_count_bytes(orepa_dtype_size(e->dtype), e->rank, e->shape), given = e->end - e->begin;
   const char *type = orepa_dtype_name(e->dtype), *shape = shape_text(e->rank, e->shape);
   if (wanted < 0)
-    return refuse(h->file, e->name, "a %s %s has more bytes than can be counted", type, shape);
+    return format_refuse(h->file, e->name, "a %s %s has more bytes than can be counted", type, shape);
   if (wanted != given)
-    return refuse(h->file, e->name, "data_offsets [%lld, %lld] are %lld bytes, a %s %s has %lld", (long long)e->begin,
-                  (long long)e->end, (long long)given, type, shape, (long long)wanted);
+    return format_refuse(h->file, e->name, "data_offsets [%lld, %lld] are %lld bytes, a %s %s has %lld",
+                         (long long)e->begin, (long long)e->end, (long long)given, type, shape, (long long)wanted);
   return 0;
 }
 
@@ -274,15 +212,15 @@ static int read_entry(const header *h, tensor_entry *e, json_t *json) {
   static const char *const fields[] = {"dtype", "shape", "data_offsets"};
   json_t *values[3], *value;
   const char *field;
-  char printed[QUOTED_BYTES];
+  char printed[FORMAT_QUOTED_BYTES];
   if (!json_is_object(json))
-    return refuse(h->file, e->name, "its entry in the header is not an object");
+    return format_refuse(h->file, e->name, "its entry in the header is not an object");
   for (int k = 0; k < 3; k++)
     if (!(values[k] = json_object_get(json, fields[k])))
-      return refuse(h->file, e->name, "it has no %s", fields[k]);
+      return format_refuse(h->file, e->name, "it has no %s", fields[k]);
   json_object_foreach(json, field, value) {
     if (value != values[0] && value != values[1] && value != values[2])
-      return refuse(h->file, e->name, "it has an unknown field \"%s\"", printable(field, printed));
+      return format_refuse(h->file, e->name, "it has an unknown field \"%s\"", shown(field, printed));
   }
   return read_dtype(h, e, values[0]) || read_shape(h, e, values[1]) || read_offsets(h, e, values[2]) || check_size(h, e)
              ? -1
@@ -292,12 +230,12 @@ static int read_entry(const header *h, tensor_entry *e, json_t *json) {
 static int check_metadata(const file_reader *file, json_t *metadata) {
   const char *key;
   json_t *value;
-  char printed[QUOTED_BYTES];
+  char printed[FORMAT_QUOTED_BYTES];
   if (!json_is_object(metadata))
-    return refuse(file, NULL, "__metadata__ is not an object");
+    return format_refuse(file, NULL, "__metadata__ is not an object");
   json_object_foreach(metadata, key, value) {
     if (!json_is_string(value))
-      return refuse(file, NULL, "__metadata__: the value of \"%s\" is not a string", printable(key, printed));
+      return format_refuse(file, NULL, "__metadata__: the value of \"%s\" is not a string", shown(key, printed));
   }
   return 0;
 }
@@ -338,48 +276,43 @@ static int by_offsets(const void *a, const void *b) {
 static int check_layout(header *h) {
   qsort(h->by_data, h->count, sizeof *h->by_data, by_offsets);
   int64_t at = 0;
-  char printed[QUOTED_BYTES];
+  char printed[FORMAT_QUOTED_BYTES];
   for (size_t k = 0; k < h->count; k++) {
     const tensor_entry *e = h->by_data[k];
     if (e->begin < at)
-      return refuse(h->file, e->name, "data_offsets [%lld, %lld] overlap those of \"%s\", which end at %lld",
-                    (long long)e->begin, (long long)e->end, printable(h->by_data[k - 1]->name, printed), (long long)at);
+      return format_refuse(h->file, e->name, "data_offsets [%lld, %lld] overlap those of \"%s\", which end at %lld",
+                           (long long)e->begin, (long long)e->end, shown(h->by_data[k - 1]->name, printed),
+                           (long long)at);
     if (e->begin > at)
-      return refuse(h->file, e->name, "data_offsets [%lld, %lld] leave a hole: the tensors before it end at %lld",
-                    (long long)e->begin, (long long)e->end, (long long)at);
+      return format_refuse(h->file, e->name,
+                           "data_offsets [%lld, %lld] leave a hole: the tensors before it end at %lld",
+                           (long long)e->begin, (long long)e->end, (long long)at);
     at = e->end;
     if (at > h->bytes)
-      return refuse(h->file, e->name,
-                    "data_offsets [%lld, %lld] reach beyond the file, which has %lld bytes of data: "
-                    "it is truncated",
-                    (long long)e->begin, (long long)e->end, (long long)h->bytes);
+      return format_refuse(h->file, e->name,
+                           "data_offsets [%lld, %lld] reach beyond the file, which has %lld bytes of data: "
+                           "it is truncated",
+                           (long long)e->begin, (long long)e->end, (long long)h->bytes);
   }
   if (at < h->bytes)
-    return refuse(h->file, NULL, "%lld bytes follow where the last tensor ends, at %lld", (long long)(h->bytes - at),
-                  (long long)at);
+    return format_refuse(h->file, NULL, "%lld bytes follow where the last tensor ends, at %lld",
+                         (long long)(h->bytes - at), (long long)at);
   return 0;
 }
 
 /* ---- reading ---- */
 
-static int check_bools(const header *h, const tensor_entry *e, const unsigned char *values) {
-  for (int64_t k = 0; k < e->end - e->begin; k++)
-    if (values[k] > 1)
-      return refuse(h->file, e->name, "element %lld of a BOOL is %d, neither 0 nor 1", (long long)k, values[k]);
-  return 0;
-}
-
 static int load_tensor(const header *h, const tensor_entry *e, void *bytes, const orepa_device *device,
                        orepa_archive *archive) {
   if (file_read(h->file, h->data + e->begin, bytes, (size_t)(e->end - e->begin)))
     return -1;
-  if (e->dtype == OREPA_BOOL && check_bools(h, e, bytes))
+  if (e->dtype == OREPA_BOOL && format_check_bools(h->file, e->name, bytes, e->end - e->begin))
     return -1;
   orepa_tensor *t = orepa_from_host(e->dtype, device, e->rank, e->shape, bytes);
   int failed = !t || orepa_archive_add(archive, e->name, t);
   orepa_release(t);
-  char printed[QUOTED_BYTES];
-  return failed ? error_prefix("%s: tensor \"%s\": ", h->file->path, printable(e->name, printed)) : 0;
+  char printed[FORMAT_QUOTED_BYTES];
+  return failed ? error_prefix("%s: tensor \"%s\": ", h->file->path, shown(e->name, printed)) : 0;
 }
 
 static int load_metadata(const header *h, orepa_archive *archive) {
@@ -458,7 +391,7 @@ static int lay_out(layout *l) {
       orepa_dtype dtype = orepa_tensor_dtype(t);
       if (orepa_dtype_size(dtype) != size)
         continue;
-      int64_t bytes = count_bytes(dtype, orepa_rank(t), orepa_shape(t));
+      int64_t bytes = format_count_bytes(orepa_dtype_size(dtype), orepa_rank(t), orepa_shape(t));
       if (bytes < 0 || bytes > MOST_INTEGER - at)
         return error_set("%s: tensor \"%s\": %s is too large for a file", l->path, orepa_archive_name(l->archive, k),
                          tensor_text(t));

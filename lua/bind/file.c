@@ -1,4 +1,4 @@
-/* file.c: safetensors files as Lua tables. */
+/* file.c: files of weights as Lua tables. */
 #include "bind.h"
 #include "orepa_io.h"
 
@@ -26,7 +26,7 @@ static int l_load(lua_State *L) {
   int options = bind_options(L, 2, "load", known);
   const orepa_device *device = bind_device(L, bind_option(L, options, "device") ? luaL_checkstring(L, -1) : "cpu");
   orepa_archive **archive = new_archive(L);
-  *archive = orepa_load_safetensors(path, device);
+  *archive = orepa_load(path, device);
   if (!*archive)
     return bind_fail(L);
   size_t count = orepa_archive_count(*archive), entries = orepa_archive_metadata_count(*archive);
@@ -112,9 +112,14 @@ static int l_save(lua_State *L) {
 
 static const bind_row rows[] = {
     {"load", l_load,
-     "load(path, {device=}) -> tensors, metadata, names\nReads a safetensors file: a table from names to tensors, one "
-     "of "
-     "strings, and the names in the file's order.\n"
+     "load(path, {device=}) -> tensors, metadata, names\nReads a safetensors file, or a checkpoint that torch.save "
+     "wrote "
+     "(.pth, .pt, .pth.tar; of any version, nothing in it is run): a table from names to tensors, one of strings, and "
+     "the "
+     "names in the file's order. A checkpoint's dictionaries and lists become paths: `state_dict.conv1.weight`; its "
+     "numbers and "
+     "strings are metadata, and what is neither is kept out: metadata.__kept_out__ has a line for each, `args: "
+     "argparse.Namespace`. orepa.state_dict takes a network's weights out.\n"
      "> local p = os.tmpname(); orepa.save(p, {x = orepa.ones(2)}); return orepa.load(p)"},
     {"save", l_save,
      "save(path, tensors, metadata, names)\nWrites a safetensors file: beside the path, synced, then renamed, so that "
