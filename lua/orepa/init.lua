@@ -10,5 +10,6 @@ for name, value in pairs(require "orepa.data") do
 end
 orepa.train = require "orepa.train"
 orepa.diagnose = require "orepa.diagnose"
+orepa.state_dict = require("orepa.state").select
 
 return orepa

@@ -3,6 +3,7 @@
 
 local core = require "orepa.core"
 local document = require "orepa.document"
+local state = require "orepa.state"
 
 local ORDER, BUFFERS, HOOKS, WRAPPED = {}, {}, {}, {} -- keys of an instance's private fields
 local parameters = setmetatable({}, { __mode = "k" }) -- tensors that nn.Parameter made
@@ -356,46 +357,12 @@ local function load_constant(entry, t)
   entry[4][BUFFERS][entry[5]] = true
 end
 
-local function shape_text(t)
-  if not core.is_tensor(t) then return "a " .. type(t) end
-  return #t.shape == 0 and "scalar" or table.concat(t.shape, "x")
-end
-
-local function compare(entries, tensors)
-  local missing, unexpected, wrong, known = {}, {}, {}, {}
-  for _, entry in ipairs(entries) do
-    local name, own, t = entry[1], entry[2], tensors[entry[1]]
-    known[name] = true
-    if t == nil then
-      if entry[3] ~= "constant" then missing[#missing + 1] = name end
-    elseif shape_text(own) ~= shape_text(t) then
-      wrong[#wrong + 1] = ("%s is %s, the file has %s"):format(name, shape_text(own), shape_text(t))
-    end
-  end
-  for name in pairs(tensors) do
-    if not known[name] then unexpected[#unexpected + 1] = name end
-  end
-  table.sort(unexpected)
-  return missing, unexpected, wrong
-end
-
-local function add_list(text, title, list)
-  if #list > 0 then text[#text + 1] = ("  %s: %s"):format(title, table.concat(list, ", ")) end
-end
-
 function Module:load_state_dict(tensors, options)
-  if type(tensors) ~= "table" then
-    core.fail(("load_state_dict: a table of tensors expected, got %s"):format(type(tensors)))
-  end
   local strict = not options or options.strict ~= false
   local entries = state_entries(self)
-  local missing, unexpected, wrong = compare(entries, tensors)
-  if #wrong > 0 or (strict and #missing + #unexpected > 0) then
-    local text = { ("load_state_dict: the weights don't fit %s"):format(self.class_name) }
-    add_list(text, "missing", missing)
-    add_list(text, "unexpected", unexpected)
-    add_list(text, "of another shape", wrong)
-    core.fail(table.concat(text, "\n"))
+  local missing, unexpected, wrong, fitting = state.compare(entries, tensors)
+  if #wrong > 0 or (strict and #missing + #unexpected > 0) or (fitting == 0 and #entries > 0) then
+    state.fail(self, tensors, missing, unexpected, wrong, fitting)
   end
   core.no_grad(function()
     for _, entry in ipairs(entries) do
@@ -504,8 +471,9 @@ for name, text in pairs {
   state_dict = { "m:state_dict({constants=}) -> tensors, names", "All that is saved: a table from paths to tensors, and the "
     .. "paths in order.", "SMALL:state_dict()" },
   load_state_dict = { "m:load_state_dict(tensors, {strict=}) -> missing, unexpected", "Writes tensors into the module's own. A "
-    .. "wrong shape is always an error, a missing or unexpected name if strict (the default).",
-    "SMALL:load_state_dict({}, {strict = false})" },
+    .. "wrong shape is always an error, a missing or unexpected name if strict (the default), and so is loading nothing. The "
+    .. "error lists all names; counts of batches may be missing all together.",
+    'SMALL:load_state_dict({["0.bias"] = orepa.ones(2)}, {strict = false})' },
   extra = { "m:extra() -> string", "What a module says of itself in print, beside its name.", "nn.BatchNorm2d(8):extra()" },
   describe = { "m:describe(indent) -> string", "The module as a tree with counts of parameters; tostring(m) calls it.",
     "SMALL:describe()" },
