@@ -62,7 +62,7 @@ static void read_bytes(const uint8_t *bytes, size_t size) {
   enum { MOST_REPEATS = 8, SLACK = 1 << 20, SMALLEST_BLOCK = 64 };
   file_reader file = file_in_memory("input", bytes, size);
   orepa_reset_peak(cpu());
-  size_t live = orepa_memory(cpu()).live, justified = MOST_REPEATS * size + SLACK;
+  size_t live = orepa_memory_live(), justified = MOST_REPEATS * size + SLACK;
   orepa_archive *archive = pytorch_read(&file, cpu());
   require(!archive || pytorch_may_be(&file));
   size_t tensors = archive ? orepa_archive_count(archive) : size / 8;
@@ -72,7 +72,7 @@ static void read_bytes(const uint8_t *bytes, size_t size) {
   else
     check_message("input");
   orepa_archive_free(archive);
-  require(orepa_memory(cpu()).live == live);
+  require(orepa_memory_live() == live);
 }
 
 /* ---- files around a pickle ---- */
