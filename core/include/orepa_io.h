@@ -67,8 +67,9 @@ OREPA_API int orepa_save_safetensors(const char *path, const orepa_archive *arch
  * out: the metadata's "__kept_out__" has a line "path: what it is" for each.
  *
  * A file that breaks a rule of the format is refused before any tensor is read; so is one that is compressed,
- * big-endian or TorchScript. The message has the path, the place or the tensor, and the rule. No more memory is asked
- * for than a small multiple of the file's real size. */
+ * big-endian or TorchScript. The message has the path, the place or the tensor, and the rule. Memory is asked
+ * for as the file's real size justifies, whatever it says of itself: its tensors take at most 8 times that and 1 MiB,
+ * its objects, whose description has at most 64 MiB, some hundred bytes each. */
 OREPA_API orepa_archive *orepa_load_pytorch(const char *path, const orepa_device *device);
 
 #ifdef __cplusplus

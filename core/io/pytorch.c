@@ -12,7 +12,6 @@
 #include <zlib.h>
 
 #include "error.h"
-#include "io/format.h"
 #include "io/zip.h"
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the tensors' bytes are copied as they are");

@@ -2,8 +2,12 @@
 #ifndef OREPA_CORE_IO_PYTORCH_H
 #define OREPA_CORE_IO_PYTORCH_H
 
+#include "io/format.h"
 #include "io/pickle.h"
 #include "orepa_io.h"
+
+/* What a value is, in words: two names and a dot at most. */
+enum { PYTORCH_KIND_BYTES = 2 * FORMAT_QUOTED_BYTES + 2 };
 
 /* A run of elements in the file. */
 typedef struct {
@@ -47,7 +51,7 @@ int64_t pytorch_element_size(const pytorch_storage *s);
 /* The tensor that a value stands for, a parameter's included: 1 and it is described; 0: it is none, or one that no
  * tensor of ours can be, and then `reason` says so; -1: it breaks a rule. */
 int pytorch_describe(const pytorch_file *f, const char *name, const pickle_value *v, pytorch_tensor *t,
-                     char reason[128]);
+                     char reason[PYTORCH_KIND_BYTES]);
 /* Reads the tensors that were listed, and adds them to the archive. */
 int pytorch_load_tensors(pytorch_file *f);
 
@@ -61,10 +65,11 @@ typedef struct {
 } text_buffer;
 int text_append(text_buffer *text, const char *bytes, size_t length); /* -1: out of memory, without a message */
 /* Writes a value that is one line of text: numbers as JSON has them, strings as they are, lists of those as JSON. 1:
- * done; 0: it is no such value, and nothing was written; -1: out of memory, without a message. */
-int pytorch_write_plain(text_buffer *text, const pickle_value *v);
+ * done; 0: it is no such value, and nothing was written; -1: out of memory, without a message; -2: a list gives more
+ * than `most` bytes. */
+int pytorch_write_plain(text_buffer *text, const pickle_value *v, int64_t most);
 /* "argparse.Namespace" and the like: what the value is. */
-void pytorch_write_kind(const pickle_value *v, char kind[128]);
+void pytorch_write_kind(const pickle_value *v, char kind[PYTORCH_KIND_BYTES]);
 /* A tuple or list, a torch.Size as well; NULL: something else. */
 const pickle_list *pytorch_sequence(const pickle_value *v);
 /* The items of a dictionary, or of an object that is like one; NULL: something else. */

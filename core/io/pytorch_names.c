@@ -6,10 +6,9 @@
 #include <string.h>
 
 #include "error.h"
-#include "io/format.h"
 #include "io/pytorch.h"
 
-enum { MOST_NAME_BYTES = 1000, DEEPEST = 100, TEXT_PER_BYTE = 16, TEXT_SLACK = 1 << 20 };
+enum { MOST_NAME_BYTES = 1000, MOST_ATTRIBUTES = 64, DEEPEST = 100, TEXT_PER_BYTE = 16, TEXT_SLACK = 1 << 20 };
 
 typedef struct {
   pytorch_file *f;
@@ -70,21 +69,21 @@ static int add_tensor(walker *w, const pytorch_tensor *t) {
 /* 1: it was a plain value; 0: it is none. */
 static int add_plain(walker *w, const pickle_value *v) {
   w->value.length = 0;
-  int written = pytorch_write_plain(&w->value, v);
-  if (written < 0)
+  int written = pytorch_write_plain(&w->value, v, w->budget);
+  if (written == -1)
     return out_of_memory(w);
   if (written == 0)
     return 0;
   if (spend(w, w->value.length))
-    return -1;
-  return orepa_archive_set_metadata(w->f->archive, w->name[0] ? w->name : "value", w->value.bytes ? w->value.bytes : "")
+    return -1; /* after -2 too */
+  return orepa_archive_set_metadata(w->f->archive, w->name[0] ? w->name : "value", w->value.bytes)
              ? error_prefix("%s: ", w->f->file->path)
              : 1;
 }
 
 static int add_leaf(walker *w, const pickle_value *v) {
   pytorch_tensor t;
-  char reason[128];
+  char reason[PYTORCH_KIND_BYTES];
   int plain = add_plain(w, v);
   if (plain)
     return plain < 0 ? -1 : 0;
@@ -124,8 +123,10 @@ static int walk_position(walker *w, int64_t position, const pickle_value *v, siz
 static int walk_entry(walker *w, const pickle_value *key, const pickle_value *v, size_t length, int depth) {
   if (key->kind == PICKLE_INTEGER)
     return walk_position(w, key->integer, v, length, depth);
-  int text =
-      key->kind == PICKLE_TEXT || key->kind == PICKLE_BYTES ? format_is_text(key->text.bytes, key->text.length) : 0;
+  bool has_text = key->kind == PICKLE_TEXT || key->kind == PICKLE_BYTES;
+  if (has_text && spend(w, key->text.length))
+    return -1;
+  int text = has_text ? format_is_text(key->text.bytes, key->text.length) : 0;
   if (text < 0)
     return out_of_memory(w);
   if (text)
@@ -168,12 +169,12 @@ static int walk_list(walker *w, const pickle_list *items, size_t length, int dep
 
 /* ---- modules ---- */
 
-/* A part of a torch.nn.Module's state: its parameters, buffers or modules. */
+/* A part of a torch.nn.Module's state: its parameters, buffers or modules, which are among its first attributes. */
 static const pickle_list *part_of(const pickle_value *v, const char *part) {
   if (v->kind != PICKLE_OBJECT || !v->object.state || v->object.state->kind != PICKLE_DICT)
     return NULL;
   const pickle_list *state = &v->object.state->items;
-  for (uint32_t k = 0; k + 1 < state->count; k += 2)
+  for (uint32_t k = 0; k + 1 < state->count && k < 2 * MOST_ATTRIBUTES; k += 2)
     if (pickle_is_text(state->values[k], part))
       return pytorch_dictionary(state->values[k + 1]);
   return NULL;
@@ -206,6 +207,8 @@ static int walk(walker *w, const pickle_value *v, size_t length, int depth) {
   if (depth > DEEPEST)
     return format_refuse(w->f->file, NULL, "its objects are nested more than %d deep", DEEPEST);
   const pickle_list *items;
+  if ((v->kind == PICKLE_TEXT || v->kind == PICKLE_BYTES) && spend(w, v->text.length))
+    return -1;
   if (is_module(v))
     return walk_module(w, v, length, depth);
   if ((items = pairs_of(v)))
@@ -225,7 +228,7 @@ static int walk(walker *w, const pickle_value *v, size_t length, int depth) {
 static int check_root(const pytorch_file *f) {
   const pickle_value *root = f->object.value;
   pytorch_tensor t;
-  char kind[128];
+  char kind[PYTORCH_KIND_BYTES];
   if (root->kind != PICKLE_OBJECT || is_module(root) || pytorch_dictionary(root) || pytorch_sequence(root))
     return 0;
   int described = pytorch_describe(f, "tensor", root, &t, kind);

@@ -6,7 +6,6 @@
 #include <zlib.h>
 
 #include "error.h"
-#include "io/format.h"
 #include "io/pytorch.h"
 
 enum { NO_DTYPE = -1, MOST_REPEATS = 8, REPEATS_SLACK = 1 << 20 };
@@ -59,7 +58,7 @@ static int by_key(const void *a, const void *b) {
 
 static int read_storage(const pytorch_file *f, const pickle_list *words, pytorch_storage *s) {
   pickle_value **v = words->values;
-  char kind[128], printed[FORMAT_QUOTED_BYTES];
+  char kind[PYTORCH_KIND_BYTES], printed[FORMAT_QUOTED_BYTES];
   if (words->count < 5 || words->count > 6 || v[2]->kind != PICKLE_TEXT || v[4]->kind != PICKLE_INTEGER)
     return format_refuse(f->file, NULL, "a storage is not described as torch.save does it");
   format_printable(v[2]->text.bytes, v[2]->text.length, printed);
@@ -220,7 +219,7 @@ static int read_geometry(const pytorch_file *f, const char *name, const pickle_l
 }
 
 int pytorch_describe(const pytorch_file *f, const char *name, const pickle_value *v, pytorch_tensor *t,
-                     char reason[128]) {
+                     char reason[PYTORCH_KIND_BYTES]) {
   const pickle_list *arguments = tensor_arguments(v);
   if (!arguments) {
     pytorch_write_kind(v, reason);
@@ -233,11 +232,12 @@ int pytorch_describe(const pytorch_file *f, const char *name, const pickle_value
   const pytorch_type *type = t->storage->type;
   const pickle_list *shape = pytorch_sequence(arguments->values[2]);
   if (type->dtype == NO_DTYPE)
-    snprintf(reason, 128, "a tensor of torch.%s", type->name);
+    snprintf(reason, PYTORCH_KIND_BYTES, "a tensor of torch.%s", type->name);
   else if (has_flags(arguments))
-    snprintf(reason, 128, "a tensor that is to be negated or conjugated");
+    snprintf(reason, PYTORCH_KIND_BYTES, "a tensor that is to be negated or conjugated");
   else if (shape && shape->count > OREPA_MAX_RANK)
-    snprintf(reason, 128, "a tensor of %u dimensions (at most %d are supported)", shape->count, OREPA_MAX_RANK);
+    snprintf(reason, PYTORCH_KIND_BYTES, "a tensor of %u dimensions (at most %d are supported)", shape->count,
+             OREPA_MAX_RANK);
   else {
     t->dtype = (orepa_dtype)type->dtype;
     return read_geometry(f, name, arguments, t) ? -1 : 1;

@@ -6,10 +6,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "io/format.h"
 #include "io/pytorch.h"
 
-enum { KIND_BYTES = 128, MOST_LONG_BYTES = 32 };
+enum { MOST_LONG_BYTES = 32 };
 
 /* ---- text ---- */
 
@@ -193,7 +192,7 @@ static int append_scalar(text_buffer *text, const pickle_value *v, bool quoted) 
   }
 }
 
-int pytorch_write_plain(text_buffer *text, const pickle_value *v) {
+int pytorch_write_plain(text_buffer *text, const pickle_value *v, int64_t most) {
   const pickle_list *items = pytorch_sequence(v);
   size_t before = text->length;
   if (!items)
@@ -203,6 +202,8 @@ int pytorch_write_plain(text_buffer *text, const pickle_value *v) {
     written = k && append_words(text, ", ") ? -1 : 1;
     if (written == 1)
       written = append_scalar(text, items->values[k], true);
+    if (written == 1 && (int64_t)text->length > most)
+      return -2;
   }
   if (written == 1 && append_words(text, "]"))
     return -1;
@@ -239,7 +240,7 @@ static const char *const kinds[] = {
     [PICKLE_SET] = "a set",           [PICKLE_DICT] = "a dictionary",
 };
 
-void pytorch_write_kind(const pickle_value *v, char kind[KIND_BYTES]) {
+void pytorch_write_kind(const pickle_value *v, char kind[PYTORCH_KIND_BYTES]) {
   char module[FORMAT_QUOTED_BYTES], name[FORMAT_QUOTED_BYTES];
   for (int depth = 0; depth < 4; depth++) {
     const pickle_value *of = v->kind == PICKLE_OBJECT ? v->object.callable : NULL;
@@ -250,10 +251,11 @@ void pytorch_write_kind(const pickle_value *v, char kind[KIND_BYTES]) {
     v = of;
   }
   if (v->kind <= PICKLE_DICT)
-    snprintf(kind, KIND_BYTES, "%s", kinds[v->kind]);
+    snprintf(kind, PYTORCH_KIND_BYTES, "%s", kinds[v->kind]);
   else if (v->kind != PICKLE_GLOBAL)
-    snprintf(kind, KIND_BYTES, "an object");
+    snprintf(kind, PYTORCH_KIND_BYTES, "an object");
   else
-    snprintf(kind, KIND_BYTES, "%.60s.%.60s", format_printable(v->global.module.bytes, v->global.module.length, module),
+    snprintf(kind, PYTORCH_KIND_BYTES, "%s.%s",
+             format_printable(v->global.module.bytes, v->global.module.length, module),
              format_printable(v->global.name.bytes, v->global.name.length, name));
 }

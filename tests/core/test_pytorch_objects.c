@@ -131,6 +131,14 @@ static void test_what_is_unknown_is_kept_out_by_name(void **unused) {
   keeps_out(BYTES(NAMED("\x8f(K\1\x90")), "w: a set");
   keeps_out(BYTES(NAMED("(K\1\x91")), "w: a set");
   keeps_out(BYTES(NAMED("ctorch\nstrange\xff\n")), "w: torch.strange?");
+  keeps_out(
+      BYTES(NAMED("c\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9"
+                  "\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9"
+                  "\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\nT\n)R")),
+      "w: "
+      "\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9"
+      "\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9"
+      "\xc3\xa9\xc3\xa9\xc3\xa9.T");
   keeps_out(BYTES(NAMED("ctorch\ndevice\nN\x85R")), "w: torch.device");
   keeps_out(BYTES(NAMED("ctorch\ndevice\n)R")), "w: torch.device");
   keeps_out(BYTES(NAMED("ctorch\ndevice\nX\3\0\0\0cpuN\x86R")), "w: torch.device");
@@ -182,6 +190,22 @@ static void test_trees_are_bounded(void **unused) {
   }
   put_bytes(&objects, BYTES("."));
   refuses(objects.bytes, objects.size, "the same objects stand in it again and again");
+  static const struct {
+    const char *what;
+    size_t size;
+  } large[] = {{BYTES("X\0\x40\0\0")}, {BYTES("T\0\x40\0\0")}}; /* 16 KiB of text, and of no text, again and again */
+  for (int k = 0; k < 2; k++) {
+    objects.size = 0;
+    put_bytes(&objects, BYTES(PROTO "("));
+    put_bytes(&objects, large[k].what, large[k].size);
+    for (int n = 0; n < 0x4000; n++)
+      put_bytes(&objects, n + 1 < 0x4000 ? "x" : k ? "\xff" : "x", 1);
+    put_bytes(&objects, BYTES("q\0"));
+    for (int n = 0; n < 2000; n++)
+      put_bytes(&objects, BYTES("h\0"));
+    put_bytes(&objects, BYTES("}l."));
+    refuses(objects.bytes, objects.size, "the same objects stand in it again and again");
+  }
   objects.size = 0;
   put_bytes(&objects, BYTES(PROTO "}X\xe9\3\0\0"));
   for (int k = 0; k < 1001; k++)
