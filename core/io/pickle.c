@@ -1,6 +1,4 @@
-/* pickle.c: the opcodes of pickles: those of protocols 2 to 5 that torch.save leads to. Nothing recurses, and nothing
- * is called.
- */
+/* pickle.c: the opcodes of protocols 2 to 5 that torch.save leads to. Nothing recurses, and nothing is called. */
 #include "io/pickle.h"
 
 #include <stdlib.h>

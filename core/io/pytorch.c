@@ -86,6 +86,7 @@ static int place_entries(pytorch_file *f, void *container) {
     s->offset = e->offset;
     s->bytes = wanted;
     s->checksum = e->size == wanted ? e->checksum : 0;
+    s->found = true;
   }
   return 0;
 }
