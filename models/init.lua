@@ -44,14 +44,16 @@ function models.scaled(own, width)
 end
 
 -- For networks: a function conv(in_channels, out_channels, kernel_size, {stride=, groups=, act=}) that makes blocks of one kind,
--- which must be in a list.
+-- which must be in a list, or a function that makes a block.
 function models.conv_maker(network, kind, kinds)
+  local make = type(kind) == "function" and kind or nil
   for _, known in ipairs(kinds) do
-    if kind == known then
-      return function(in_channels, out_channels, kernel_size, o)
-        return reparam.make(kind, { in_channels = in_channels, out_channels = out_channels, kernel_size = kernel_size,
-          stride = o.stride, groups = o.groups, act = o.act })
-      end
+    if kind == known then make = function(o) return reparam.make(kind, o) end end
+  end
+  if make then
+    return function(in_channels, out_channels, kernel_size, o)
+      return make { in_channels = in_channels, out_channels = out_channels, kernel_size = kernel_size, stride = o.stride,
+        groups = o.groups, act = o.act }
     end
   end
   orepa.fail(("%s: reparam is '%s'; there are %s"):format(network, tostring(kind), table.concat(kinds, ", ")))
@@ -97,6 +99,11 @@ local function replay(net, changes)
 end
 
 function models.save(net, path, meta)
+  for key, value in pairs(net.model_options or {}) do
+    if type(value) == "function" then
+      orepa.fail(("models.save: option '%s' is a function, which a file can't hold; use orepa.save"):format(key))
+    end
+  end
   if not net.model_name then orepa.fail("models.save: this network was not made by models.create; use orepa.save") end
   local options = {}
   for key, value in pairs(net.model_options) do options[key] = value end
@@ -126,7 +133,8 @@ document("models.create", [[
   models.create(name, {reparam=, classes=, in_channels=, width=, stem=, deploy=}) -> module
   A network by name: resnet18, resnet34, resnet50, resnet101, resnext50; repvgg_a0, a1, a2, b0, b1, b2, b3, b1g2, b1g4, ...;
   mobileone_s0 to s4. The families resnet, repvgg and mobileone take num_blocks and width, resnet also residual, cardinality and
-  width_per_group. reparam is none, dbb, orepa or orepa_vgg, in a repvgg also repvgg; mobileone has a mode instead.
+  width_per_group. reparam is none, dbb, orepa or orepa_vgg, in a repvgg also repvgg, or a function that makes the block of
+  {in_channels=, out_channels=, kernel_size=, stride=, groups=, act=}; mobileone has a mode instead.
   > local models = require "orepa.models"; return models.create("resnet18", {reparam = "orepa", classes = 10, width = 0.125})]])
 document("models.save", [[
   models.save(net, path, meta)
@@ -145,7 +153,8 @@ document("models.scaled", [[
 document("models.conv_maker", [[
   models.conv_maker(network, kind, kinds) -> function
   For networks that are written: conv(in_channels, out_channels, kernel_size, {stride=, groups=, act=}) makes blocks of a kind
-  (reparam.make); an error, in the network's name, if that is not in the list of kinds.
+  (reparam.make); an error, in the network's name, if that is not in the list of kinds. The kind may be a function that makes a
+  block of options.
   > return require("orepa.models").conv_maker("tiny", "orepa", {"none", "orepa"})(4, 8, 3, {act = "relu"})]])
 document("models.register", [[
   models.register(name, make)

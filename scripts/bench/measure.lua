@@ -59,6 +59,11 @@ function measure.list(text)
   return list
 end
 
+-- The same, and none of an empty text.
+function measure.list_or_none(text)
+  return text == "" and {} or measure.list(text)
+end
+
 -- For argparse: a list whose words `convert` takes.
 local function list_of(convert, kind)
   return function(text)
