@@ -86,7 +86,7 @@ function charts.maps(path, maps, across)
       ("set yrange [%g:-0.5]"):format(#map.matrix - 0.5), ("set xrange [-0.5:%g]"):format(#map.matrix - 0.5),
       ("plot $map%d matrix with image"):format(k) })
   end
-  draw(path, 300 * down, measure.append(lines, { "unset multiplot" }))
+  draw(path, 240 * down, measure.append(lines, { "unset multiplot" }))
 end
 
 return charts

@@ -12,7 +12,7 @@ local rows, values, bars = { { "block", "scalings (online)", "norms (offline)" }
 local function row(label, online, offline)
   local a, b = study.accuracy(online), offline and study.accuracy(offline)
   rows[#rows + 1] = { label, study.accuracy_text(a), b and study.accuracy_text(b) or "" }
-  values[online], bars[#bars + 1] = a, { label .. " (online)", study.range(a), true }
+  values[online], bars[#bars + 1] = a, { b and label .. " (online)" or label, study.range(a), b ~= nil }
   if b then values[offline], bars[#bars + 1] = b, { label .. " (offline)", study.range(b), false } end
 end
 

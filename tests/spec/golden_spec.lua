@@ -205,6 +205,31 @@ local function check_network(file)
   value("logits_deploy", net(tensors.x))
 end
 
+-- ---- checkpoints: the same networks in files of PyTorch's ----
+
+-- The statistics in these files are those before the step of the golden file, so logits are first compared with a network that
+-- was given the golden file's tensors one by one.
+local function check_checkpoint(name)
+  local tensors, meta = orepa.load(folder .. name .. ".safetensors")
+  local wanted, net = make_network(meta, tensors), make_network(meta, tensors)
+  wanted:load_state_dict(state_of(tensors))
+  local loaded, about = orepa.load(folder .. "checkpoints/" .. name .. ".pth.tar")
+  assert.equal("119", about.epoch)
+  net:load_state_dict(orepa.state_dict(loaded, net))
+  check("logits", net:eval()(tensors.x), wanted:eval()(tensors.x), 0)
+  net:train()
+  net(tensors.x) -- the golden file's statistics are those after its step
+  local limit = limits(meta)("logits_eval")
+  check("logits_eval", net:eval()(tensors.x), tensors.logits_eval, math.min(limit, 1e-4))
+  check("logits_deploy", net:deploy()(tensors.x), tensors.logits_deploy, math.min(limit, 1e-4))
+end
+
+describe("checkpoints of the reference's networks", function()
+  for _, name in ipairs { "model_resnet18_orepa", "model_repvgg_a0_repvgg" } do
+    it(name .. ".pth.tar load, evaluate to its logits and deploy", function() check_checkpoint(name) end)
+  end
+end)
+
 -- ---- training runs ----
 
 local function check_training_run(file)
