@@ -28,6 +28,39 @@ local function refuses(wanted, arguments)
   return text
 end
 
+describe("diagnose.lua", function()
+  local function diagnose(...)
+    return run({ process.root .. "/scripts/diagnose.lua", ... }, folder)
+  end
+
+  it("shows the likeness of branches and the error of every block", function()
+    local models = require "orepa.models"
+    models.save(models.create("resnet18", { reparam = "orepa", width = 0.0625, classes = 3, in_channels = 1 }),
+      folder .. "/branches.safetensors")
+    local draws = os.execute "command -v gnuplot >/dev/null"
+    local words = draws and { "--picture", "likeness.svg" } or {}
+    local text, code = diagnose("branches.safetensors", "--size", "33", table.unpack(words))
+    assert.equal(0, code, text)
+    has(text, "stage4.1.conv2: cosine of branches' kernels")
+    has(text, "pfir")
+    has(text, "OREPALargeConv")
+    local count = select(2, text:gsub("\n  stage%d[%.%d]*%.[%w]+ +[%w]+ +[%d%.e%-]+", ""))
+    assert.equal(20, count, text)
+    if draws then has(process.read(folder .. "/likeness.svg"), "<svg") end
+  end)
+
+  it("refuses what it can't do, at once", function()
+    refuses("ends in .svg or .png", { process.root .. "/scripts/diagnose.lua", "branches.safetensors", "--picture", "x.jpg" })
+    refuses("nowhere.safetensors", { process.root .. "/scripts/diagnose.lua", "nowhere.safetensors" })
+    if os.execute "command -v gnuplot >/dev/null" then
+      local text, code = run({ process.root .. "/scripts/diagnose.lua", "branches.safetensors", "--picture", "x.svg" }, folder,
+        { PATH = "/nowhere" })
+      has(text, "gnuplot is not installed")
+      assert.equal(1, code)
+    end
+  end)
+end)
+
 describe("the program", function()
   it("explains itself", function()
     for _, option in ipairs { "--help", "-h" } do
@@ -263,7 +296,7 @@ describe("models.save and models.load", function()
   end)
 
   it("know their networks and options", function()
-    for _, case in ipairs { { "resnet19", nil, "no network is called 'resnet19' (there are resnet resnet101" },
+    for _, case in ipairs { { "resnet19", nil, "no network is called 'resnet19' (there are mobileone" },
       { "resnet18", { classes = 3, depth = 2 }, "unknown option 'depth'" },
       { "resnet18", { classes = 3, stem = "x" }, "stem is 'x'" } } do
       local ok, message = pcall(models.create, case[1], case[2])
