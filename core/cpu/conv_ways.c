@@ -25,7 +25,7 @@ static void read_forced(void) {
 
 static bool by_winograd(conv_direction direction, const conv_geometry *g, conv_wish wish) {
   pthread_once(&forced.once, read_forced);
-  return winograd_can(g) && !wish.accurate && !forced.direct &&
+  return winograd_can(direction, g) && !wish.accurate && !forced.direct &&
          (forced.winograd || winograd_suits(direction, g, wish.kept));
 }
 

@@ -28,7 +28,7 @@ typedef struct {
 
 /* Whether it computes such a convolution at all, and whether it is the fastest way to; `kept`: the transformed kernel
  * is. */
-bool winograd_can(const conv_geometry *g);
+bool winograd_can(conv_direction direction, const conv_geometry *g);
 bool winograd_suits(conv_direction direction, const conv_geometry *g, bool kept);
 
 /* Whether a scale and shift of x give norm_apply's bits; else they are not to be asked for. */

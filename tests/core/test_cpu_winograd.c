@@ -1,6 +1,6 @@
-/* test_cpu_winograd.c: Winograd's convolution of each instruction set against sums in double: errors, what is done on
- * the way (norm and ReLU of the input; bias, residual, ReLU and moments of the output), and the same bits for any
- * number of threads. */
+/* test_cpu_winograd.c: Winograd's convolution of each instruction set, with stride 1 and 2, against sums in double:
+ * errors, what is done on the way (norm and ReLU of the input; bias, residual, ReLU and moments of the output), and the
+ * same bits for any number of threads. */
 #include "kernel_test.h"
 
 #include "cpu/winograd.h"
@@ -19,8 +19,8 @@ typedef struct {
   int64_t in, out, count_x, count_y, count_w;
 } problem;
 
-static conv_geometry geometry_of(int64_t batch, int64_t groups, int64_t in, int64_t out, int64_t height, int64_t width,
-                                 int64_t pad_y, int64_t pad_x) {
+static conv_geometry geometry_of(int64_t stride, int64_t batch, int64_t groups, int64_t in, int64_t out, int64_t height,
+                                 int64_t width, int64_t pad_y, int64_t pad_x) {
   return (conv_geometry){.dtype = OREPA_FLOAT32,
                          .batch = batch,
                          .groups = groups,
@@ -28,8 +28,8 @@ static conv_geometry geometry_of(int64_t batch, int64_t groups, int64_t in, int6
                          .out = out,
                          .size = {height, width},
                          .kernel = {3, 3},
-                         .result = {height + 2 * pad_y - 2, width + 2 * pad_x - 2},
-                         .stride = {1, 1},
+                         .result = {(height + 2 * pad_y - 3) / stride + 1, (width + 2 * pad_x - 3) / stride + 1},
+                         .stride = {stride, stride},
                          .padding = {pad_y, pad_x},
                          .dilation = {1, 1}};
 }
@@ -41,12 +41,22 @@ static float normal(uint64_t *state) {
   return (float)(sum * 1.4);
 }
 
+enum { GUARDS = 16 };
+static const float guard = 12345.5f;
+
+/* With guards behind them. */
 static float *numbers(int64_t count, uint64_t *state, float mean) {
-  float *all = malloc((size_t)(count + 1) * sizeof *all);
+  float *all = malloc((size_t)(count + GUARDS) * sizeof *all);
   assert_non_null(all);
-  for (int64_t k = 0; k < count; k++)
-    all[k] = mean + normal(state);
+  for (int64_t k = 0; k < count + GUARDS; k++)
+    all[k] = k < count ? mean + normal(state) : guard;
   return all;
+}
+
+static void numbers_free(float *all, int64_t count) {
+  for (int64_t k = count; k < count + GUARDS; k++)
+    assert_true(all[k] == guard);
+  free(all);
 }
 
 static problem problem_new(conv_geometry g, uint64_t seed, float mean) {
@@ -67,9 +77,15 @@ static problem problem_new(conv_geometry g, uint64_t seed, float mean) {
 }
 
 static void problem_free(problem *p) {
-  float *all[] = {p->x, p->w, p->y, p->dx, p->dw, p->bias, p->scale, p->shift, p->residual};
-  for (size_t k = 0; k < sizeof all / sizeof *all; k++)
-    free(all[k]);
+  numbers_free(p->x, p->count_x);
+  numbers_free(p->w, p->count_w);
+  numbers_free(p->y, p->count_y);
+  numbers_free(p->dx, p->count_x);
+  numbers_free(p->dw, p->count_w);
+  numbers_free(p->bias, p->out);
+  numbers_free(p->scale, p->in);
+  numbers_free(p->shift, p->in);
+  numbers_free(p->residual, p->count_y);
 }
 
 /* Scratch is as large as was asked for, so that the address sanitizer sees its end. */
@@ -102,7 +118,7 @@ static void sums(const problem *p, conv_direction direction, const float *x, con
   for (int64_t row = 0; row < g->batch * pixels(g->result); row++)
     for (int64_t tap = 0; tap < 9; tap++) {
       int64_t oy = row / g->result[1] % g->result[0], ox = row % g->result[1], n = row / pixels(g->result);
-      int64_t iy = oy + tap / 3 - g->padding[0], ix = ox + tap % 3 - g->padding[1];
+      int64_t iy = oy * g->stride[0] + tap / 3 - g->padding[0], ix = ox * g->stride[1] + tap % 3 - g->padding[1];
       if (iy < 0 || iy >= g->size[0] || ix < 0 || ix >= g->size[1])
         continue;
       int64_t at = ((n * g->size[0] + iy) * g->size[1] + ix) * p->in;
@@ -135,9 +151,9 @@ static double error_of(int64_t count, const float *found, const double *wanted) 
 static void expect(const conv_geometry *g, const char *what, double error, double limit) {
   if (error <= limit)
     return;
-  print_error("%s: batch %d, %d groups of %d to %d channels, %dx%d, padding %dx%d: error %g\n", what, (int)g->batch,
-              (int)g->groups, (int)g->in, (int)g->out, (int)g->size[0], (int)g->size[1], (int)g->padding[0],
-              (int)g->padding[1], error);
+  print_error("%s: batch %d, %d groups of %d to %d channels, %dx%d, stride %d, padding %dx%d: error %g\n", what,
+              (int)g->batch, (int)g->groups, (int)g->in, (int)g->out, (int)g->size[0], (int)g->size[1],
+              (int)g->stride[0], (int)g->padding[0], (int)g->padding[1], error);
   fail();
 }
 
@@ -148,18 +164,24 @@ static void check(const winograd_kernels *k, const conv_geometry *g, uint64_t se
   assert_non_null(wanted);
   winograd_operands o = operands_of(&p);
   o.x = p.dx;
-  sums(&p, CONV_BACKWARD_DATA, p.x, p.w, p.y, wanted);
-  run_forward(k, CONV_BACKWARD_DATA, &o, threads);
-  expect(g, "data gradient", error_of(p.count_x, p.dx, wanted), bound);
-  o = operands_of(&p);
-  o.w = p.dw;
-  sums(&p, CONV_BACKWARD_WEIGHT, p.x, p.w, p.y, wanted);
-  run_weight(k, &o, threads);
-  expect(g, "weight gradient", error_of(p.count_w, p.dw, wanted), bound);
-  o = operands_of(&p);
-  sums(&p, CONV_FORWARD, p.x, p.w, p.y, wanted);
-  run_forward(k, CONV_FORWARD, &o, threads);
-  expect(g, "forward", error_of(p.count_y, p.y, wanted), bound);
+  if (winograd_can(CONV_BACKWARD_DATA, g)) {
+    sums(&p, CONV_BACKWARD_DATA, p.x, p.w, p.y, wanted);
+    run_forward(k, CONV_BACKWARD_DATA, &o, threads);
+    expect(g, "data gradient", error_of(p.count_x, p.dx, wanted), bound);
+  }
+  if (winograd_can(CONV_BACKWARD_WEIGHT, g)) {
+    o = operands_of(&p);
+    o.w = p.dw;
+    sums(&p, CONV_BACKWARD_WEIGHT, p.x, p.w, p.y, wanted);
+    run_weight(k, &o, threads);
+    expect(g, "weight gradient", error_of(p.count_w, p.dw, wanted), bound);
+  }
+  if (winograd_can(CONV_FORWARD, g)) {
+    o = operands_of(&p);
+    sums(&p, CONV_FORWARD, p.x, p.w, p.y, wanted);
+    run_forward(k, CONV_FORWARD, &o, threads);
+    expect(g, "forward", error_of(p.count_y, p.y, wanted), bound);
+  }
   free(wanted);
   problem_free(&p);
 }
@@ -170,14 +192,15 @@ static int64_t between(uint64_t *state, int64_t low, int64_t high) {
   return low + (int64_t)(test_random(state) % (uint64_t)(high - low + 1));
 }
 
-static conv_geometry random_geometry(uint64_t *state) {
+static conv_geometry random_geometry(uint64_t *state, int64_t most_stride) {
   for (;;) {
     int64_t groups = between(state, 0, 4) ? 1 : between(state, 2, 4), most = groups > 1 ? 24 : 70;
-    int64_t height = between(state, 1, 19), width = between(state, 0, 1) ? height : between(state, 1, 19);
+    int64_t height = between(state, 1, 20), width = between(state, 0, 1) ? height : between(state, 1, 20);
     int64_t pad_y = between(state, 0, 3), pad_x = between(state, 0, 1) ? pad_y : between(state, 0, 4);
-    conv_geometry g = geometry_of(between(state, 1, 6), groups, between(state, 1, most), between(state, 1, most),
-                                  height, width, pad_y, pad_x);
-    if (g.result[0] >= 1 && g.result[1] >= 1 && g.batch * pixels(g.result) * groups * g.in * g.out < 600000)
+    conv_geometry g = geometry_of(between(state, 1, most_stride), between(state, 1, 6), groups, between(state, 1, most),
+                                  between(state, 1, most), height, width, pad_y, pad_x);
+    if (g.size[0] + 2 * pad_y >= 3 && g.size[1] + 2 * pad_x >= 3 &&
+        g.batch * pixels(g.result) * groups * g.in * g.out < 600000)
       return g;
   }
 }
@@ -185,8 +208,8 @@ static conv_geometry random_geometry(uint64_t *state) {
 static void random_geometries(void **unused) {
   (void)unused;
   uint64_t state = 1;
-  for_each_winograd(k) for (int n = 0; n < 150; n++) {
-    conv_geometry g = random_geometry(&state);
+  for_each_winograd(k) for (int n = 0; n < 250; n++) {
+    conv_geometry g = random_geometry(&state, 2);
     check(k, &g, (uint64_t)n, n % 4 == 3 ? 1000 : 0, 1 + n % 3);
   }
 }
@@ -195,9 +218,12 @@ static void random_geometries(void **unused) {
 static void large_geometries(void **unused) {
   (void)unused;
   const conv_geometry all[] = {
-      geometry_of(2, 1, 130, 140, 14, 14, 1, 1), geometry_of(1, 1, 300, 530, 7, 7, 1, 1),
-      geometry_of(9, 1, 16, 32, 56, 60, 1, 1),   geometry_of(3, 1, 64, 64, 28, 28, 1, 1),
-      geometry_of(1, 1, 512, 512, 4, 4, 1, 1),   geometry_of(40, 1, 16, 16, 7, 7, 1, 1),
+      geometry_of(1, 2, 1, 130, 140, 14, 14, 1, 1), geometry_of(1, 1, 1, 300, 530, 7, 7, 1, 1),
+      geometry_of(1, 9, 1, 16, 32, 56, 60, 1, 1),   geometry_of(1, 3, 1, 64, 64, 28, 28, 1, 1),
+      geometry_of(1, 1, 1, 512, 512, 4, 4, 1, 1),   geometry_of(1, 40, 1, 16, 16, 7, 7, 1, 1),
+      geometry_of(2, 2, 1, 130, 140, 28, 28, 1, 1), geometry_of(2, 1, 1, 300, 530, 14, 14, 1, 1),
+      geometry_of(2, 9, 1, 16, 32, 112, 120, 1, 1), geometry_of(2, 3, 1, 64, 64, 56, 57, 0, 1),
+      geometry_of(2, 1, 1, 512, 512, 7, 8, 1, 2),   geometry_of(2, 40, 1, 16, 16, 15, 14, 1, 0),
   };
   for_each_winograd(k) for (size_t n = 0; n < sizeof all / sizeof *all; n++)
       check(k, &all[n], n, n % 2 ? 100 : 0, 1 + (int)n % 3);
@@ -209,7 +235,7 @@ static void prologue_is_a_norm_before(void **unused) {
   (void)unused;
   uint64_t state = 2;
   for_each_winograd(k) for (int n = 0; n < 40 && k->rounds_once; n++) {
-    conv_geometry g = random_geometry(&state);
+    conv_geometry g = random_geometry(&state, 2);
     problem p = problem_new(g, (uint64_t)n, 0), again = problem_new(g, (uint64_t)n, 0);
     bool relu = n % 2;
     p.x[0] = n % 5 ? p.x[0] : NAN;
@@ -220,14 +246,18 @@ static void prologue_is_a_norm_before(void **unused) {
     }
     winograd_operands o = operands_of(&p), plain = operands_of(&again);
     o.scale = p.scale, o.shift = p.shift, o.relu_x = relu;
-    run_forward(k, CONV_FORWARD, &o, 2);
-    run_forward(k, CONV_FORWARD, &plain, 2);
-    assert_memory_equal(p.y, again.y, (size_t)p.count_y * sizeof(float));
+    if (winograd_can(CONV_FORWARD, &g)) {
+      run_forward(k, CONV_FORWARD, &o, 2);
+      run_forward(k, CONV_FORWARD, &plain, 2);
+      assert_memory_equal(p.y, again.y, (size_t)p.count_y * sizeof(float));
+    }
     o.y = plain.y = p.residual;
     o.w = p.dw, plain.w = again.dw;
-    run_weight(k, &o, 2);
-    run_weight(k, &plain, 2);
-    assert_memory_equal(p.dw, again.dw, (size_t)p.count_w * sizeof(float));
+    if (winograd_can(CONV_BACKWARD_WEIGHT, &g)) {
+      run_weight(k, &o, 2);
+      run_weight(k, &plain, 2);
+      assert_memory_equal(p.dw, again.dw, (size_t)p.count_w * sizeof(float));
+    }
     problem_free(&p);
     problem_free(&again);
   }
@@ -237,7 +267,7 @@ static void epilogue_comes_after(void **unused) {
   (void)unused;
   uint64_t state = 3;
   for_each_winograd(k) for (int n = 0; n < 40; n++) {
-    problem p = problem_new(random_geometry(&state), (uint64_t)n, 0);
+    problem p = problem_new(random_geometry(&state, 1), (uint64_t)n, 0);
     winograd_operands o = operands_of(&p);
     float *plain = malloc((size_t)p.count_y * sizeof *plain);
     assert_non_null(plain);
@@ -254,6 +284,31 @@ static void epilogue_comes_after(void **unused) {
       assert_true(p.y[i] == (o.after.relu && wanted < 0 ? 0 : wanted));
     }
     free(plain);
+    problem_free(&p);
+  }
+}
+
+/* The first pass leaves the transformed kernel, the second one reads no other. */
+static void kept_kernels_are_the_same(void **unused) {
+  (void)unused;
+  uint64_t state = 6;
+  for_each_winograd(k) for (int n = 0; n < 24; n++) {
+    problem p = problem_new(random_geometry(&state, 1), (uint64_t)n, 0);
+    size_t bytes = k->packed(&p.g);
+    device_packed packed = {.memory = aligned_alloc(64, (bytes + 63) / 64 * 64)};
+    winograd_operands o = operands_of(&p);
+    assert_non_null(packed.memory);
+    run_forward(k, CONV_FORWARD, &o, 1);
+    o.y = p.residual;
+    o.packed = &packed;
+    run_forward(k, CONV_FORWARD, &o, 2);
+    assert_memory_equal(p.y, p.residual, (size_t)p.count_y * sizeof(float));
+    memset(p.residual, 0, (size_t)p.count_y * sizeof(float));
+    memset(p.w, 0, (size_t)p.count_w * sizeof(float));
+    packed.ready = true;
+    run_forward(k, CONV_FORWARD, &o, 3);
+    assert_memory_equal(p.y, p.residual, (size_t)p.count_y * sizeof(float));
+    free(packed.memory);
     problem_free(&p);
   }
 }
@@ -285,7 +340,7 @@ static void moments_of_the_output(void **unused) {
   (void)unused;
   uint64_t state = 4;
   for_each_winograd(k) for (int n = 0; n < 40; n++) {
-    conv_geometry g = n == 0 ? geometry_of(9, 1, 5, 40, 56, 60, 1, 1) : random_geometry(&state);
+    conv_geometry g = n == 0 ? geometry_of(1, 9, 1, 5, 40, 56, 60, 1, 1) : random_geometry(&state, 1);
     problem p = problem_new(g, (uint64_t)n, 0);
     int64_t chunks = moments_chunks(g.batch * pixels(g.result)), size = chunks * 4 * p.out;
     float *moments = numbers(size, &state, 0);
@@ -297,7 +352,7 @@ static void moments_of_the_output(void **unused) {
     run_forward(k, CONV_FORWARD, &o, 1 + n % 3);
     for (int64_t c = 0; c < p.out; c++)
       check_moments(&p, moments, c);
-    free(moments);
+    numbers_free(moments, size);
     problem_free(&p);
   }
 }
@@ -307,7 +362,7 @@ static void threads_change_nothing(void **unused) {
   (void)unused;
   uint64_t state = 5;
   for_each_winograd(k) for (int n = 0; n < 24; n++) {
-    conv_geometry g = n < 2 ? geometry_of(9, 1, 20, 40, 56, 60, 1, 1) : random_geometry(&state);
+    conv_geometry g = n < 2 ? geometry_of(1, 9, 1, 20, 40, 56, 60, 1, 1) : random_geometry(&state, 1);
     problem p = problem_new(g, (uint64_t)n, 0), one = problem_new(g, (uint64_t)n, 0);
     int64_t size = moments_chunks(g.batch * pixels(g.result)) * 4 * p.out;
     float *moments = numbers(size, &state, 0), *ones = numbers(size, &state, 0);
@@ -316,7 +371,8 @@ static void threads_change_nothing(void **unused) {
     run_forward(k, CONV_FORWARD, &single, 1);
     single.x = one.dx;
     single.moments = NULL;
-    run_forward(k, CONV_BACKWARD_DATA, &single, 1);
+    if (winograd_can(CONV_BACKWARD_DATA, &g))
+      run_forward(k, CONV_BACKWARD_DATA, &single, 1);
     for (int threads = 2; threads <= 7; threads++) {
       o.x = p.x;
       o.moments = moments;
@@ -325,11 +381,13 @@ static void threads_change_nothing(void **unused) {
       assert_memory_equal(moments, ones, (size_t)size * sizeof(float));
       o.x = p.dx;
       o.moments = NULL;
+      if (!winograd_can(CONV_BACKWARD_DATA, &g))
+        continue;
       run_forward(k, CONV_BACKWARD_DATA, &o, threads);
       assert_memory_equal(p.dx, one.dx, (size_t)p.count_x * sizeof(float));
     }
-    free(moments);
-    free(ones);
+    numbers_free(moments, size);
+    numbers_free(ones, size);
     problem_free(&p);
     problem_free(&one);
   }
@@ -337,9 +395,10 @@ static void threads_change_nothing(void **unused) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(random_geometries),     cmocka_unit_test(large_geometries),
-      cmocka_unit_test(epilogue_comes_after),  cmocka_unit_test(prologue_is_a_norm_before),
-      cmocka_unit_test(moments_of_the_output), cmocka_unit_test(threads_change_nothing),
+      cmocka_unit_test(random_geometries),         cmocka_unit_test(large_geometries),
+      cmocka_unit_test(epilogue_comes_after),      cmocka_unit_test(prologue_is_a_norm_before),
+      cmocka_unit_test(moments_of_the_output),     cmocka_unit_test(threads_change_nothing),
+      cmocka_unit_test(kept_kernels_are_the_same),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

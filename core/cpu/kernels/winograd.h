@@ -14,6 +14,37 @@ enum { SIDE = 6, ELEMENTS = SIDE * SIDE, PANEL = 2 * LANES, GAP = 16 /* between 
 
 /* ---- tiles ---- */
 
+/* What is convolved along an axis: all taps; or with stride 2 (winograd_strided.h) the outer taps, or the middle one,
+ * which meet different pixels. A convolution with stride 2 is the sum of four, one for each pair. */
+typedef enum { ALL_TAPS, OUTER_TAPS, MIDDLE_TAP } winograd_taps;
+typedef enum { WHOLE, OUTER_OUTER, OUTER_MIDDLE, MIDDLE_OUTER, MIDDLE_MIDDLE, PHASES } winograd_phase;
+
+static ALWAYS_INLINE winograd_taps winograd_taps_of(const winograd_phase phase, const int axis) {
+  bool outer = axis == 0 ? phase <= OUTER_MIDDLE : phase == OUTER_OUTER || phase == MIDDLE_OUTER;
+  return phase == WHOLE ? ALL_TAPS : outer ? OUTER_TAPS : MIDDLE_TAP;
+}
+
+/* Inputs of a tile's axis, and elements of a kernel's. The middle tap is one element, which meets each of a tile's
+ * inputs: they are rows of one matrix, one after the other. */
+static ALWAYS_INLINE int winograd_inputs(const winograd_taps taps) {
+  return taps == ALL_TAPS ? SIDE : taps == OUTER_TAPS ? 5 : 4;
+}
+static ALWAYS_INLINE int winograd_elements(const winograd_taps taps) {
+  return taps == MIDDLE_TAP ? 1 : winograd_inputs(taps);
+}
+static ALWAYS_INLINE int winograd_positions(const winograd_taps taps, const bool is_short) {
+  return taps == MIDDLE_TAP ? 4 - is_short : 1;
+}
+
+/* Matrices of a phase, and rows of each, at most. */
+static inline int winograd_matrices(winograd_phase phase) {
+  return winograd_elements(winograd_taps_of(phase, 0)) * winograd_elements(winograd_taps_of(phase, 1));
+}
+static inline int64_t winograd_most_rows(winograd_phase phase, int64_t tiles) {
+  return tiles * winograd_positions(winograd_taps_of(phase, 0), false) *
+         winograd_positions(winograd_taps_of(phase, 1), false);
+}
+
 /* A map's axis as tiles of 4 outputs, then tiles of 3; the last may hang over. */
 typedef struct {
   int64_t fours, threes;
@@ -22,13 +53,14 @@ typedef struct {
 /* A tile of 6 inputs or, in its short form, 5 along each axis. */
 typedef struct {
   int64_t image, y, x;                     /* of its first output */
-  int row;                                 /* in the matrices of its block */
+  int row;                                 /* its first in the matrices of its block */
   uint8_t short_y, short_x, rows, columns; /* how many outputs are in the map */
 } winograd_tile;
 
 /* Tiles in their order on the map; in the matrices they stand so that those which have element e are side by side. */
 typedef struct {
-  int count, start[5];
+  winograd_phase phase;
+  int count, start[5]; /* start: rows */
   winograd_tile tiles[];
 } winograd_block;
 
@@ -39,7 +71,8 @@ typedef struct {
 
 winograd_tiling KERNEL(winograd_tiling_of)(int64_t batch, const int64_t size[2]);
 /* Block `number` of a cut into blocks of so many tiles; the last has what is left. */
-void KERNEL(winograd_cut)(const winograd_tiling *tiling, int64_t tiles, int64_t number, winograd_block *block);
+void KERNEL(winograd_cut)(const winograd_tiling *tiling, winograd_phase phase, int64_t tiles, int64_t number,
+                          winograd_block *block);
 
 static inline size_t winograd_block_bytes(int64_t tiles) {
   return (sizeof(winograd_block) + (size_t)tiles * sizeof(winograd_tile) + 63) / 64 * 64;
@@ -50,9 +83,8 @@ static inline int64_t whole_lines(int64_t floats) {
   return (floats + 15) / 16 * 16;
 }
 
-/* The rows of a block's matrices for element e: short tiles have no point -3/2, that is none with p or q = 4. */
-static inline void winograd_rows(const winograd_block *b, int e, int *first, int *last) {
-  int p = e / SIDE, q = e % SIDE;
+/* The rows of a block's matrices for element (p, q): short tiles have none with p or q = 4. */
+static inline void winograd_rows(const winograd_block *b, int p, int q, int *first, int *last) {
   *first = q == 4 ? b->start[1] : 0;
   *last = p == 4 ? b->start[2] : q == 4 ? b->start[3] : b->start[4];
 }
@@ -170,6 +202,7 @@ typedef struct {
   const float *data;
   int64_t size[2], channels, step; /* from pixel to pixel */
   int64_t padding[2];
+  int stride;                 /* from input to input of a tile */
   const float *scale, *shift; /* NULL: nothing */
   bool relu;
 } winograd_map;
@@ -204,10 +237,10 @@ void KERNEL(winograd_take_kernel)(const float *w, int64_t out, int64_t in, bool 
                                   int64_t matrix_step, bool streams);
 void KERNEL(winograd_take_kernel_row)(const float *w, int64_t out, int64_t in, bool turned, int64_t panel, int row,
                                       float *u, int64_t matrix_step);
-/* dw from du[e][i][o], the sum of `parts` such, for `rows` input and `columns` output channels; w points to the first.
- */
-void KERNEL(winograd_give_kernel)(const float *du, int64_t row_step, int64_t matrix_step, int parts, int64_t part_step,
-                                  int64_t rows, int64_t columns, float *dw, int64_t in);
+/* The taps of a phase in dw from du[e][i][o], the sum of `parts` such, for `rows` input and `columns` output channels;
+ * w points to the first. */
+void KERNEL(winograd_give_kernel)(winograd_phase phase, const float *du, int64_t row_step, int64_t matrix_step,
+                                  int parts, int64_t part_step, int64_t rows, int64_t columns, float *dw, int64_t in);
 
 /* ---- products ---- */
 

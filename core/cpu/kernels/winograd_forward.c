@@ -56,7 +56,7 @@ static forward_plan make_plan(conv_direction direction, const conv_geometry *g, 
   bool turned = direction == CONV_BACKWARD_DATA;
   const int64_t *from = turned ? g->result : g->size, *to = turned ? g->size : g->result;
   forward_plan p = {.w_out = g->out, .w_in = g->in, .turned = turned, .out = turned ? g->in : g->out};
-  p.x = (winograd_map){.size = {from[0], from[1]}, .channels = turned ? g->out : g->in};
+  p.x = (winograd_map){.size = {from[0], from[1]}, .channels = turned ? g->out : g->in, .stride = 1};
   p.x.step = g->groups * p.x.channels;
   p.y = (winograd_result){.size = {to[0], to[1]}, .step = g->groups * p.out};
   for (int d = 0; d < 2; d++)
@@ -112,7 +112,7 @@ static void multiply(const forward_plan *p, const winograd_block *block, int fir
   int64_t depth = p->x.channels;
   for (int e = first; e < last; e++) {
     int low, high;
-    winograd_rows(block, e, &low, &high);
+    winograd_rows(block, e / SIDE, e % SIDE, &low, &high);
     for (int64_t k = 0; k < panels && high > low; k++)
       KERNEL(winograd_product)
     (false, high - low, depth, v + e * p->v_matrix + low * p->v_row, p->v_row,
@@ -176,7 +176,7 @@ static void run_group(const forward_plan *p, int threads, float *scratch) {
       for (int64_t k = 0; k < p->blocks; k++) {
         winograd_block *block = (winograd_block *)(blocks + k * p->block_bytes);
 #pragma omp single
-        KERNEL(winograd_cut)(&p->tiling, p->tiles, k, block);
+        KERNEL(winograd_cut)(&p->tiling, WHOLE, p->tiles, k, block);
         KERNEL(winograd_take)
         (&p->x, block, block->count * me / all, block->count * (me + 1) / all, vs + k * v_size(p), p->v_row,
          p->v_matrix);
@@ -193,7 +193,7 @@ static void run_group(const forward_plan *p, int threads, float *scratch) {
       int64_t of_chunk = divide_up(p->blocks, p->chunks);
       for (int64_t k = p->chunks * me / all * of_chunk; k < smaller(p->blocks, p->chunks * (me + 1) / all * of_chunk);
            k++) {
-        KERNEL(winograd_cut)(&p->tiling, p->tiles, k, block);
+        KERNEL(winograd_cut)(&p->tiling, WHOLE, p->tiles, k, block);
         KERNEL(winograd_take)(&p->x, block, 0, block->count, v, p->v_row, p->v_matrix);
         finish_block(p, block, k, 0, p->panels, v, m);
       }

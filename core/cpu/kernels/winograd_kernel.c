@@ -1,6 +1,6 @@
 /* winograd_kernel.c: 3x3 kernels to elements, and elements back to the gradient of kernels. */
 #include "cpu/kernels/product.h"
-#include "cpu/kernels/winograd.h"
+#include "cpu/kernels/winograd_strided.h"
 
 enum { TAPS = 9, AHEAD = 6 /* kernels */ };
 
@@ -116,38 +116,77 @@ void KERNEL(winograd_take_kernel_row)(const float *w, int64_t out, int64_t in, b
   (turned ? take_turned_rows : take_columns_rows)[row](w, out, in, panel, u, matrix_step, false);
 }
 
+/* ---- gradients ---- */
+
+typedef void backwards(const float_lanes *u, const int step, float_lanes *o, const int to);
+
+static ALWAYS_INLINE backwards *backwards_of(const winograd_taps taps) {
+  return taps == ALL_TAPS ? winograd_kernel_turned : taps == OUTER_TAPS ? outer_kernel_turned : middle_kernel_turned;
+}
+
+/* How many taps there are along an axis, and which is number k. */
+static ALWAYS_INLINE int taps_in(const winograd_taps taps) {
+  return taps == ALL_TAPS ? 3 : taps == OUTER_TAPS ? 2 : 1;
+}
+static ALWAYS_INLINE int tap_at(const winograd_taps taps, int k) {
+  return taps == ALL_TAPS ? k : taps == OUTER_TAPS ? 2 * k : 1;
+}
+
 /* du[e][i][o]; LANES of each at a time. */
-void KERNEL(winograd_give_kernel)(const float *du, int64_t row_step, int64_t matrix_step, int parts, int64_t part_step,
-                                  int64_t rows, int64_t columns, float *dw, int64_t in) {
+static ALWAYS_INLINE void give_kernel(const winograd_phase phase, const float *du, int64_t row_step,
+                                      int64_t matrix_step, int parts, int64_t part_step, int64_t rows, int64_t columns,
+                                      float *dw, int64_t in) {
+  const winograd_taps of_y = winograd_taps_of(phase, 0), of_x = winograd_taps_of(phase, 1);
+  const int height = winograd_elements(of_y), width = winograd_elements(of_x), elements = height * width;
+  const int down = taps_in(of_y), across = taps_in(of_x);
   _Alignas(64) float taps[TAPS][LANES][LANES];
   for (int64_t i = 0; i < rows; i += LANES)
     for (int64_t o = 0; o < columns; o += LANES) {
-      int64_t height = smaller(LANES, rows - i), width = smaller(LANES, columns - o);
-      for (int64_t k = 0; k < height; k++) {
+      int64_t ins = smaller(LANES, rows - i), outs = smaller(LANES, columns - o);
+      for (int64_t k = 0; k < ins; k++) {
         const float *from = du + (i + k) * row_step + o;
         float_lanes u[ELEMENTS], done[3 * SIDE], g[TAPS];
 #pragma GCC unroll 36
-        for (int e = 0; e < ELEMENTS; e++)
+        for (int e = 0; e < elements; e++)
           u[e] = load_lanes(from, e * matrix_step, false);
         for (int part = 1; part < parts; part++)
 #pragma GCC unroll 36
-          for (int e = 0; e < ELEMENTS; e++)
+          for (int e = 0; e < elements; e++)
             u[e] += load_lanes(from + part * part_step, e * matrix_step, false);
 #pragma GCC unroll 6
-        for (int q = 0; q < SIDE; q++)
-          winograd_kernel_turned(u + q, SIDE, done + q, SIDE);
+        for (int q = 0; q < width; q++)
+          backwards_of(of_y)(u + q, width, done + q, width);
 #pragma GCC unroll 3
-        for (int r = 0; r < 3; r++)
-          winograd_kernel_turned(done + r * SIDE, 1, g + r * 3, 1);
+        for (int r = 0; r < down; r++)
+          backwards_of(of_x)(done + r * width, 1, g + r * across, 1);
 #pragma GCC unroll 9
-        for (int tap = 0; tap < TAPS; tap++)
+        for (int tap = 0; tap < down * across; tap++)
           store_lanes(taps[tap][k], 0, g[tap], false);
       }
-      for (int tap = 0; tap < TAPS; tap++) {
+      for (int tap = 0; tap < down * across; tap++) {
         const float *from[LANES];
-        for (int64_t k = 0; k < height; k++)
+        int to = 3 * tap_at(of_y, tap / across) + tap_at(of_x, tap % across);
+        for (int64_t k = 0; k < ins; k++)
           from[k] = taps[tap][k];
-        turn_rows_float(height, width, from, dw + (o * TAPS + tap) * in + i, TAPS * in);
+        turn_rows_float(ins, outs, from, dw + (o * TAPS + to) * in + i, TAPS * in);
       }
     }
+}
+
+#define GIVE(phase)                                                                                                    \
+  case phase:                                                                                                          \
+    give_kernel(phase, du, row_step, matrix_step, parts, part_step, rows, columns, dw, in);                            \
+    break;
+
+void KERNEL(winograd_give_kernel)(winograd_phase phase, const float *du, int64_t row_step, int64_t matrix_step,
+                                  int parts, int64_t part_step, int64_t rows, int64_t columns, float *dw, int64_t in) {
+  switch (phase) {
+    GIVE(WHOLE)
+    GIVE(OUTER_OUTER)
+    GIVE(OUTER_MIDDLE)
+    GIVE(MIDDLE_OUTER)
+    GIVE(MIDDLE_MIDDLE)
+  default:
+    break;
+  }
 }

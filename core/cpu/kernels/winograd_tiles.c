@@ -1,6 +1,6 @@
 /* winograd_tiles.c: maps cut into tiles, and the transforms of tiles: maps to elements, elements to maps. */
 #include "cpu/kernels/product.h"
-#include "cpu/kernels/winograd.h"
+#include "cpu/kernels/winograd_strided.h"
 
 /* ---- cutting ---- */
 
@@ -33,20 +33,25 @@ static int64_t place(const winograd_axis *a, int64_t k, int64_t size, uint8_t *i
   return start;
 }
 
-void KERNEL(winograd_cut)(const winograd_tiling *tiling, int64_t tiles, int64_t number, winograd_block *block) {
+void KERNEL(winograd_cut)(const winograd_tiling *tiling, winograd_phase phase, int64_t tiles, int64_t number,
+                          winograd_block *block) {
   int64_t first = number * tiles, count = smaller(tiles, tiling->count - first);
   static const int group_of[2][2] = {{1, 0}, {2, 3}}; /* [short_y][short_x] */
+  const winograd_taps of_y = winograd_taps_of(phase, 0), of_x = winograd_taps_of(phase, 1);
   int64_t across = tiling->axis[1].fours + tiling->axis[1].threes,
           down = tiling->axis[0].fours + tiling->axis[0].threes;
   int64_t image = first / (down * across), y = first / across % down, x = first % across;
   int counts[4] = {0};
+  block->phase = phase;
   block->count = (int)count;
   for (int64_t k = 0; k < count; k++) {
     winograd_tile *t = &block->tiles[k];
     t->image = image;
     t->y = place(&tiling->axis[0], y, tiling->size[0], &t->short_y, &t->rows);
     t->x = place(&tiling->axis[1], x, tiling->size[1], &t->short_x, &t->columns);
-    t->row = counts[group_of[t->short_y][t->short_x]]++;
+    int *of_group = &counts[group_of[t->short_y][t->short_x]];
+    t->row = *of_group;
+    *of_group += winograd_positions(of_y, t->short_y) * winograd_positions(of_x, t->short_x);
     if (++x == across) {
       x = 0;
       if (++y == down) {
@@ -85,16 +90,17 @@ static inline int64_t lanes_left(int64_t channels, int64_t c) {
 /* ---- maps to elements ---- */
 
 /* Offsets of a tile's inputs in the map, -1 outside; whether all are inside. */
-static ALWAYS_INLINE bool offsets_of(const winograd_map *x, const winograd_tile *t, const int rows, const int columns,
-                                     int64_t *offset) {
-  int64_t top = t->y - x->padding[0], left = t->x - x->padding[1], bottom = top + rows, right = left + columns;
+static ALWAYS_INLINE bool offsets_of(const winograd_phase phase, const winograd_map *x, const winograd_tile *t,
+                                     const int rows, const int columns, int64_t *offset) {
+  const int side = winograd_inputs(winograd_taps_of(phase, 1));
+  int64_t stride = x->stride, top = stride * t->y - x->padding[0], left = stride * t->x - x->padding[1];
   for (int r = 0; r < rows; r++)
     for (int s = 0; s < columns; s++) {
-      bool inside = top + r >= 0 && top + r < x->size[0] && left + s >= 0 && left + s < x->size[1];
-      int64_t pixel = (t->image * x->size[0] + top + r) * x->size[1] + left + s;
-      offset[r * SIDE + s] = inside ? pixel * x->step : -1;
+      int64_t row = top + stride * r, column = left + stride * s;
+      bool inside = row >= 0 && row < x->size[0] && column >= 0 && column < x->size[1];
+      offset[r * side + s] = inside ? ((t->image * x->size[0] + row) * x->size[1] + column) * x->step : -1;
     }
-  return top >= 0 && left >= 0 && bottom <= x->size[0] && right <= x->size[1];
+  return top >= 0 && left >= 0 && top + stride * (rows - 1) < x->size[0] && left + stride * (columns - 1) < x->size[1];
 }
 
 static ALWAYS_INLINE float_lanes changed(float_lanes value, float_lanes scale, float_lanes shift, bool relu) {
@@ -102,27 +108,50 @@ static ALWAYS_INLINE float_lanes changed(float_lanes value, float_lanes scale, f
   return relu ? relu_lanes(value) : value;
 }
 
-static ALWAYS_INLINE void
-store_elements(const bool short_y, const bool short_x, const float_lanes *columns_done, float *v, int64_t matrix_step,
-               void (*along)(const bool, const float_lanes *, const int, float_lanes *, const int), const int step) {
+/* Inputs to elements, or gradients of outputs to elements, along an axis. */
+typedef void transform(const bool is_short, const float_lanes *d, const int step, float_lanes *o, const int to);
+
+static ALWAYS_INLINE transform *in_of(const winograd_taps taps) {
+  return taps == ALL_TAPS ? winograd_in : taps == OUTER_TAPS ? outer_in : middle_in;
+}
+static ALWAYS_INLINE transform *out_turned_of(const winograd_taps taps) {
+  return taps == ALL_TAPS ? winograd_out_turned : taps == OUTER_TAPS ? outer_out_turned : middle_in;
+}
+
+/* Where element or position p of an axis stands; whether there is none in a short tile. */
+static ALWAYS_INLINE int64_t place_of(const winograd_taps taps, const int p, int64_t matrix_step, int64_t row_step) {
+  return p * (taps == MIDDLE_TAP ? row_step : matrix_step);
+}
+static ALWAYS_INLINE bool lacks(const winograd_taps taps, const bool is_short, const int p) {
+  return is_short && p == (taps == MIDDLE_TAP ? 3 : 4);
+}
+
+static ALWAYS_INLINE void store_elements(const bool short_y, const bool short_x, const winograd_phase phase,
+                                         const float_lanes *columns_done, float *v, int64_t row_step,
+                                         int64_t matrix_step, transform *along, const int step) {
+  const winograd_taps of_y = winograd_taps_of(phase, 0), of_x = winograd_taps_of(phase, 1);
+  const int height = winograd_inputs(of_y), width = winograd_inputs(of_x);
+  const int64_t matrices = winograd_elements(of_x) * matrix_step, rows = winograd_positions(of_x, short_x) * row_step;
 #pragma GCC unroll 6
-  for (int p = 0; p < SIDE; p++) {
+  for (int p = 0; p < height; p++) {
     float_lanes o[SIDE];
-    if (short_y && p == 4)
+    if (lacks(of_y, short_y, p))
       continue;
     along(short_x, columns_done + p * step, 1, o, 1);
 #pragma GCC unroll 6
-    for (int q = 0; q < SIDE; q++)
-      if (!(short_x && q == 4))
-        store_lanes(v, (p * SIDE + q) * matrix_step, o[q], false);
+    for (int q = 0; q < width; q++)
+      if (!lacks(of_x, short_x, q))
+        store_lanes(v, place_of(of_y, p, matrices, rows) + place_of(of_x, q, matrix_step, row_step), o[q], false);
   }
 }
 
-static ALWAYS_INLINE void take_tile(const bool short_y, const bool short_x, const winograd_map *x,
-                                    const winograd_tile *t, float *v, int64_t matrix_step, const bool changes) {
-  const int rows = SIDE - short_y, columns = SIDE - short_x;
+static ALWAYS_INLINE void take_tile(const bool short_y, const bool short_x, const winograd_phase phase,
+                                    const winograd_map *x, const winograd_tile *t, float *v, int64_t row_step,
+                                    int64_t matrix_step, const bool changes) {
+  const winograd_taps of_y = winograd_taps_of(phase, 0), of_x = winograd_taps_of(phase, 1);
+  const int side = winograd_inputs(of_x), rows = winograd_inputs(of_y) - short_y, columns = side - short_x;
   int64_t offset[ELEMENTS];
-  bool inside = offsets_of(x, t, rows, columns, offset);
+  bool inside = offsets_of(phase, x, t, rows, columns, offset);
   for (int64_t c = 0; c < x->channels; c += LANES) {
     float_lanes d[ELEMENTS], done[ELEMENTS], scale = {0}, shift = {0};
     int64_t count = lanes_left(x->channels, c);
@@ -132,55 +161,70 @@ static ALWAYS_INLINE void take_tile(const bool short_y, const bool short_x, cons
     }
     if (inside && count == LANES) {
       const float *first = x->data + offset[0] + c;
-      int64_t line = x->size[1] * x->step;
+      int64_t step = x->stride * x->step, line = step * x->size[1];
 #pragma GCC unroll 6
       for (int r = 0; r < rows; r++)
 #pragma GCC unroll 6
         for (int s = 0; s < columns; s++) {
-          float_lanes value = load_lanes(first, r * line + s * x->step, false);
-          d[r * SIDE + s] = changes ? changed(value, scale, shift, x->relu) : value;
+          float_lanes value = load_lanes(first, r * line + s * step, false);
+          d[r * side + s] = changes ? changed(value, scale, shift, x->relu) : value;
         }
     } else {
 #pragma GCC unroll 6
       for (int r = 0; r < rows; r++)
 #pragma GCC unroll 6
         for (int s = 0; s < columns; s++) {
-          int64_t at = offset[r * SIDE + s];
+          int64_t at = offset[r * side + s];
           float_lanes value = {0};
           if (at >= 0) {
             value = count == LANES ? load_lanes(x->data, at + c, false) : load_first_lanes(x->data + at + c, count);
             if (changes)
               value = changed(value, scale, shift, x->relu);
           }
-          d[r * SIDE + s] = value;
+          d[r * side + s] = value;
         }
     }
 #pragma GCC unroll 6
     for (int s = 0; s < columns; s++)
-      winograd_in(short_y, d + s, SIDE, done + s, SIDE);
-    store_elements(short_y, short_x, done, v + c, matrix_step, winograd_in, SIDE);
+      in_of(of_y)(short_y, d + s, side, done + s, side);
+    store_elements(short_y, short_x, phase, done, v + c, row_step, matrix_step, in_of(of_x), side);
   }
 }
 
-#define TAKE(name, changes)                                                                                            \
+#define TAKE(name, phase, changes)                                                                                     \
   static __attribute__((noinline)) void name(const winograd_map *x, const winograd_tile *t, float *v,                  \
-                                             int64_t matrix_step) {                                                    \
-    OF_KIND(t, take_tile, x, t, v, matrix_step, changes)                                                               \
+                                             int64_t row_step, int64_t matrix_step) {                                  \
+    OF_KIND(t, take_tile, phase, x, t, v, row_step, matrix_step, changes)                                              \
   }
-TAKE(take_plain, false)
-TAKE(take_changed, true)
+#define TAKE_PHASE(phase)                                                                                              \
+  TAKE(take_plain_##phase, phase, false)                                                                               \
+  TAKE(take_changed_##phase, phase, true)
+TAKE_PHASE(WHOLE)
+TAKE_PHASE(OUTER_OUTER)
+TAKE_PHASE(OUTER_MIDDLE)
+TAKE_PHASE(MIDDLE_OUTER)
+TAKE_PHASE(MIDDLE_MIDDLE)
 
 void KERNEL(winograd_take)(const winograd_map *x, const winograd_block *block, int first, int last, float *v,
                            int64_t row_step, int64_t matrix_step) {
-  __typeof__(take_plain) *form = x->scale ? take_changed : take_plain;
+  static __typeof__(take_plain_WHOLE) *const forms[PHASES][2] = {
+      [WHOLE] = {take_plain_WHOLE, take_changed_WHOLE},
+      [OUTER_OUTER] = {take_plain_OUTER_OUTER, take_changed_OUTER_OUTER},
+      [OUTER_MIDDLE] = {take_plain_OUTER_MIDDLE, take_changed_OUTER_MIDDLE},
+      [MIDDLE_OUTER] = {take_plain_MIDDLE_OUTER, take_changed_MIDDLE_OUTER},
+      [MIDDLE_MIDDLE] = {take_plain_MIDDLE_MIDDLE, take_changed_MIDDLE_MIDDLE},
+  };
   for (int k = first; k < last; k++)
-    form(x, &block->tiles[k], v + block->tiles[k].row * row_step, matrix_step);
+    forms[block->phase][x->scale != NULL](x, &block->tiles[k], v + block->tiles[k].row * row_step, row_step,
+                                          matrix_step);
 }
 
 /* ---- gradients of outputs to elements ---- */
 
-static ALWAYS_INLINE void take_gradient_tile(const bool short_y, const bool short_x, const winograd_map *dy,
-                                             const winograd_tile *t, float *z, int64_t rows, int64_t matrix_step) {
+static ALWAYS_INLINE void take_gradient_tile(const bool short_y, const bool short_x, const winograd_phase phase,
+                                             const winograd_map *dy, const winograd_tile *t, float *z, int64_t rows,
+                                             int64_t matrix_step) {
+  const winograd_taps of_y = winograd_taps_of(phase, 0), of_x = winograd_taps_of(phase, 1);
   const int height = 4 - short_y, width = 4 - short_x;
   bool whole = t->rows == height && t->columns == width;
   const float *first = dy->data + ((t->image * dy->size[0] + t->y) * dy->size[1] + t->x) * dy->step;
@@ -199,19 +243,34 @@ static ALWAYS_INLINE void take_gradient_tile(const bool short_y, const bool shor
       }
 #pragma GCC unroll 4
     for (int s = 0; s < width; s++)
-      winograd_out_turned(short_y, d + s, 4, done + s, 4);
-    store_elements(short_y, short_x, done, z + (c / PANEL * rows) * PANEL + c % PANEL, matrix_step, winograd_out_turned,
-                   4);
+      out_turned_of(of_y)(short_y, d + s, 4, done + s, 4);
+    store_elements(short_y, short_x, phase, done, z + (c / PANEL * rows) * PANEL + c % PANEL, PANEL, matrix_step,
+                   out_turned_of(of_x), 4);
   }
 }
 
+#define TAKE_GRADIENT(phase)                                                                                           \
+  static __attribute__((noinline)) void take_gradient_##phase(const winograd_map *dy, const winograd_tile *t,          \
+                                                              float *z, int64_t rows, int64_t matrix_step) {           \
+    OF_KIND(t, take_gradient_tile, phase, dy, t, z, rows, matrix_step)                                                 \
+  }
+TAKE_GRADIENT(WHOLE)
+TAKE_GRADIENT(OUTER_OUTER)
+TAKE_GRADIENT(OUTER_MIDDLE)
+TAKE_GRADIENT(MIDDLE_OUTER)
+TAKE_GRADIENT(MIDDLE_MIDDLE)
+
 void KERNEL(winograd_take_gradient)(const winograd_map *dy, const winograd_block *block, int first, int last, float *z,
                                     int64_t rows, int64_t matrix_step) {
-  for (int k = first; k < last; k++) {
-    const winograd_tile *t = &block->tiles[k];
-    float *to = z + (int64_t)t->row * PANEL;
-    OF_KIND(t, take_gradient_tile, dy, t, to, rows, matrix_step)
-  }
+  static __typeof__(take_gradient_WHOLE) *const forms[PHASES] = {
+      [WHOLE] = take_gradient_WHOLE,
+      [OUTER_OUTER] = take_gradient_OUTER_OUTER,
+      [OUTER_MIDDLE] = take_gradient_OUTER_MIDDLE,
+      [MIDDLE_OUTER] = take_gradient_MIDDLE_OUTER,
+      [MIDDLE_MIDDLE] = take_gradient_MIDDLE_MIDDLE,
+  };
+  for (int k = first; k < last; k++)
+    forms[block->phase](dy, &block->tiles[k], z + (int64_t)block->tiles[k].row * PANEL, rows, matrix_step);
 }
 
 /* ---- elements to maps ---- */
