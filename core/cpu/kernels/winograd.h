@@ -210,7 +210,7 @@ typedef struct {
 /* What stands between a tile's elements and the map of outputs. */
 typedef struct {
   float *data;
-  int64_t size[2], step;
+  int64_t size[2], step, line, image; /* from pixel to pixel, line to line, image to image */
   const float *bias, *residual;
   bool relu;
   float *moments;       /* of a chunk (4, C): what device.h says, without the count; NULL: not wanted */
@@ -232,11 +232,12 @@ void KERNEL(winograd_take_gradient)(const winograd_map *dy, const winograd_block
 /* ---- kernels: w (O, 3, 3, I) ---- */
 
 /* u[e][i][column] of one panel of O, or turned by 180 degrees and with the channels' roles changed: u[e][o][column] of
- * one panel of I. All elements, perhaps past the caches; or those of one row, e = 6*row + q, as u[q]. */
-void KERNEL(winograd_take_kernel)(const float *w, int64_t out, int64_t in, bool turned, int64_t panel, float *u,
-                                  int64_t matrix_step, bool streams);
-void KERNEL(winograd_take_kernel_row)(const float *w, int64_t out, int64_t in, bool turned, int64_t panel, int row,
-                                      float *u, int64_t matrix_step);
+ * one panel of I. All elements of a phase, perhaps past the caches; or those of one row, e = width*row + q, as u[q].
+ * Phases of stride 2 are always turned. */
+void KERNEL(winograd_take_kernel)(winograd_phase phase, const float *w, int64_t out, int64_t in, bool turned,
+                                  int64_t panel, float *u, int64_t matrix_step, bool streams);
+void KERNEL(winograd_take_kernel_row)(winograd_phase phase, const float *w, int64_t out, int64_t in, bool turned,
+                                      int64_t panel, int row, float *u, int64_t matrix_step);
 /* The taps of a phase in dw from du[e][i][o], the sum of `parts` such, for `rows` input and `columns` output channels;
  * w points to the first. */
 void KERNEL(winograd_give_kernel)(winograd_phase phase, const float *du, int64_t row_step, int64_t matrix_step,

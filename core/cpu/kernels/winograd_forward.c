@@ -19,6 +19,7 @@ enum {
 };
 
 typedef struct {
+  winograd_phase phase;
   winograd_map x;
   winograd_result y;
   winograd_tiling tiling;
@@ -28,6 +29,7 @@ typedef struct {
   int64_t w_out, w_in; /* of the kernel as it is stored */
   bool turned;
   int64_t out, panels;
+  int64_t first; /* of the outputs in their map, in floats */
   int64_t tiles, blocks, chunks;                                   /* tiles of a block; chunks of moments */
   int64_t v_row, v_matrix, m_row, m_matrix, u_matrix, block_bytes; /* steps in floats; bytes of a block's description */
   bool by_channels, by_rows;                                       /* the latter only with the former */
@@ -36,32 +38,59 @@ typedef struct {
 /* Floats of the pieces of scratch: the kernel, whole, or a row of a panel's for each thread; maps by blocks, or one for
  * each thread; sums, one for each thread, or by rows one for each of its blocks. */
 static int64_t u_size(const forward_plan *p) {
-  return whole_lines(ELEMENTS * p->u_matrix);
+  return whole_lines(winograd_matrices(p->phase) * p->u_matrix);
 }
 static int64_t row_matrix(const forward_plan *p) {
   return PANEL * p->x.channels + GAP;
 }
+static int row_elements(const forward_plan *p) {
+  return winograd_elements(winograd_taps_of(p->phase, 1));
+}
+static int64_t row_size(const forward_plan *p) {
+  return whole_lines(row_elements(p) * row_matrix(p));
+}
 static int64_t u_room(const forward_plan *p, int threads) {
-  return p->by_rows ? threads * whole_lines(SIDE * row_matrix(p)) : u_size(p);
+  return p->by_rows ? threads * row_size(p) : u_size(p);
 }
 static int64_t v_size(const forward_plan *p) {
-  return whole_lines(ELEMENTS * p->v_matrix);
+  return whole_lines(winograd_matrices(p->phase) * p->v_matrix);
 }
 static int64_t m_size(const forward_plan *p) {
-  return whole_lines(ELEMENTS * p->m_matrix);
+  return whole_lines(winograd_matrices(p->phase) * p->m_matrix);
+}
+
+/* A phase of the data gradient with stride 2 makes every second pixel of an axis, from this one on. */
+static int64_t first_pixel(const conv_geometry *g, winograd_phase phase, int axis) {
+  return (g->padding[axis] + (winograd_taps_of(phase, axis) == MIDDLE_TAP)) % 2;
+}
+
+static void take_lattice(forward_plan *p, const conv_geometry *g) {
+  p->first = first_pixel(g, p->phase, 0) * p->y.line + first_pixel(g, p->phase, 1) * p->y.step;
+  for (int d = 0; d < 2; d++) {
+    int64_t middle = winograd_taps_of(p->phase, d) == MIDDLE_TAP, first = first_pixel(g, p->phase, d);
+    p->y.size[d] = (g->size[d] + 1 - first) / 2;
+    p->x.padding[d] = !middle - (first + g->padding[d] - middle) / 2;
+  }
+  p->y.step *= 2;
+  p->y.line *= 2;
 }
 
 /* Sizes of group 0; pointers are set later. `kept`: the transformed kernel is. */
-static forward_plan make_plan(conv_direction direction, const conv_geometry *g, int threads, bool kept) {
+static forward_plan make_plan(conv_direction direction, const conv_geometry *g, winograd_phase phase, int threads,
+                              bool kept) {
   bool turned = direction == CONV_BACKWARD_DATA;
   const int64_t *from = turned ? g->result : g->size, *to = turned ? g->size : g->result;
-  forward_plan p = {.w_out = g->out, .w_in = g->in, .turned = turned, .out = turned ? g->in : g->out};
+  forward_plan p = {.phase = phase, .w_out = g->out, .w_in = g->in, .turned = turned, .out = turned ? g->in : g->out};
   p.x = (winograd_map){.size = {from[0], from[1]}, .channels = turned ? g->out : g->in, .stride = 1};
   p.x.step = g->groups * p.x.channels;
   p.y = (winograd_result){.size = {to[0], to[1]}, .step = g->groups * p.out};
+  p.y.line = to[1] * p.y.step;
+  p.y.image = to[0] * p.y.line;
   for (int d = 0; d < 2; d++)
     p.x.padding[d] = turned ? 2 - g->padding[d] : g->padding[d];
-  p.tiling = KERNEL(winograd_tiling_of)(g->batch, to);
+  if (phase != WHOLE)
+    take_lattice(&p, g);
+  p.tiling = KERNEL(winograd_tiling_of)(g->batch, p.y.size);
   p.panels = divide_up(p.out, PANEL);
 
   int64_t most = larger(p.x.channels, p.out) <= FEW_CHANNELS ? SMALL_BLOCK : LARGE_BLOCK;
@@ -69,15 +98,15 @@ static forward_plan make_plan(conv_direction direction, const conv_geometry *g, 
   p.blocks += p.blocks % 2 && p.blocks > 1;
   p.tiles = divide_up(p.tiling.count, p.blocks);
   p.blocks = divide_up(p.tiling.count, p.tiles);
-  p.chunks = smaller(p.blocks, moments_chunks(g->batch * pixels(to)));
+  p.chunks = smaller(p.blocks, moments_chunks(g->batch * pixels(p.y.size)));
   p.chunks = divide_up(p.blocks, divide_up(p.blocks, p.chunks));
   p.by_channels = p.chunks % threads != 0 && p.chunks < 4 * threads;
 
   int64_t own_panels = p.by_channels ? divide_up(p.panels, threads) : p.panels;
   p.v_row = divide_up(p.x.channels, LANES) * LANES + GAP;
-  p.v_matrix = p.tiles * p.v_row + GAP;
+  p.v_matrix = winograd_most_rows(phase, p.tiles) * p.v_row + GAP;
   p.m_row = own_panels * PANEL + GAP;
-  p.m_matrix = p.tiles * p.m_row + GAP;
+  p.m_matrix = winograd_most_rows(phase, p.tiles) * p.m_row + GAP;
   p.u_matrix = p.panels * PANEL * p.x.channels + GAP;
   p.by_rows = p.by_channels && !kept && u_size(&p) * (int64_t)sizeof(float) >= LARGE_KERNEL;
   p.block_bytes = (int64_t)winograd_block_bytes(p.tiles);
@@ -85,16 +114,37 @@ static forward_plan make_plan(conv_direction direction, const conv_geometry *g, 
 }
 
 size_t KERNEL(winograd_packed)(const conv_geometry *g) {
-  forward_plan p = make_plan(CONV_FORWARD, g, 1, true); /* the kernel is the same for any number of threads */
+  forward_plan p = make_plan(CONV_FORWARD, g, WHOLE, 1, true); /* the kernel is the same for any number of threads */
   return (size_t)(g->groups * u_size(&p)) * sizeof(float);
+}
+
+/* Phase after phase; small maps have no pixel for some. */
+static winograd_phase first_phase(const conv_geometry *g) {
+  return g->stride[0] == 2 ? OUTER_OUTER : WHOLE;
+}
+static winograd_phase last_phase(const conv_geometry *g) {
+  return g->stride[0] == 2 ? MIDDLE_MIDDLE : WHOLE;
+}
+static bool is_empty(const conv_geometry *g, winograd_phase phase) {
+  bool empty = false;
+  for (int d = 0; d < 2; d++)
+    empty = empty || (phase != WHOLE && g->size[d] <= first_pixel(g, phase, d));
+  return empty;
 }
 
 /* Enough with a kept kernel and without. */
 size_t KERNEL(winograd_forward_scratch)(conv_direction direction, const conv_geometry *g, int threads) {
-  forward_plan p = make_plan(direction, g, threads, false);
-  int64_t vs = p.by_channels ? p.blocks : threads, ms = threads * (p.by_rows ? p.blocks : 1);
-  return (size_t)(u_room(&p, threads) + vs * v_size(&p) + ms * m_size(&p)) * sizeof(float) +
-         (size_t)(vs * p.block_bytes);
+  size_t most = 0;
+  for (winograd_phase phase = first_phase(g); phase <= last_phase(g); phase++) {
+    if (is_empty(g, phase))
+      continue;
+    forward_plan p = make_plan(direction, g, phase, threads, false);
+    int64_t vs = p.by_channels ? p.blocks : threads, ms = threads * (p.by_rows ? p.blocks : 1);
+    size_t bytes = (size_t)(u_room(&p, threads) + vs * v_size(&p) + ms * m_size(&p)) * sizeof(float) +
+                   (size_t)(vs * p.block_bytes);
+    most = bytes > most ? bytes : most;
+  }
+  return most;
 }
 
 static void count_pixels(const winograd_block *block, bool begins, int64_t channels, float *counts) {
@@ -112,7 +162,7 @@ static void multiply(const forward_plan *p, const winograd_block *block, int fir
   int64_t depth = p->x.channels;
   for (int e = first; e < last; e++) {
     int low, high;
-    winograd_rows(block, e / SIDE, e % SIDE, &low, &high);
+    winograd_rows(block, e / row_elements(p), e % row_elements(p), &low, &high);
     for (int64_t k = 0; k < panels && high > low; k++)
       KERNEL(winograd_product)
     (false, high - low, depth, v + e * p->v_matrix + low * p->v_row, p->v_row,
@@ -137,7 +187,8 @@ static void give(const forward_plan *p, const winograd_block *block, int64_t k, 
 
 static void finish_block(const forward_plan *p, const winograd_block *block, int64_t k, int64_t first, int64_t last,
                          const float *v, float *m) {
-  multiply(p, block, 0, ELEMENTS, first, last - first, p->u + first * PANEL * p->x.channels, p->u_matrix, v, m);
+  multiply(p, block, 0, winograd_matrices(p->phase), first, last - first, p->u + first * PANEL * p->x.channels,
+           p->u_matrix, v, m);
   give(p, block, k, first, last, m);
 }
 
@@ -148,11 +199,12 @@ static const winograd_block *block_at(const forward_plan *p, const char *blocks,
 /* All blocks' outputs of panels first ... last-1, the kernel made by rows; m by blocks. */
 static void finish_by_rows(const forward_plan *p, const char *blocks, int64_t first, int64_t last, float *u,
                            const float *vs, float *m) {
-  for (int row = 0; row < SIDE; row++)
+  int width = row_elements(p);
+  for (int row = 0; row < winograd_matrices(p->phase) / width; row++)
     for (int64_t panel = first; panel < last; panel++) {
-      KERNEL(winograd_take_kernel_row)(p->w, p->w_out, p->w_in, p->turned, panel, row, u, row_matrix(p));
+      KERNEL(winograd_take_kernel_row)(p->phase, p->w, p->w_out, p->w_in, p->turned, panel, row, u, row_matrix(p));
       for (int64_t k = 0; k < p->blocks; k++)
-        multiply(p, block_at(p, blocks, k), row * SIDE, (row + 1) * SIDE, panel, 1, u, row_matrix(p),
+        multiply(p, block_at(p, blocks, k), row * width, (row + 1) * width, panel, 1, u, row_matrix(p),
                  vs + k * v_size(p), m + k * m_size(p) + (panel - first) * PANEL);
     }
   for (int64_t k = 0; k < p->blocks && last > first; k++)
@@ -171,12 +223,12 @@ static void run_group(const forward_plan *p, int threads, float *scratch) {
 #pragma omp for schedule(static)
     for (int64_t panel = 0; panel < (p->by_rows || p->is_transformed ? 0 : p->panels); panel++)
       KERNEL(winograd_take_kernel)
-    (p->w, p->w_out, p->w_in, p->turned, panel, p->u + panel * PANEL * p->x.channels, p->u_matrix, streams);
+    (p->phase, p->w, p->w_out, p->w_in, p->turned, panel, p->u + panel * PANEL * p->x.channels, p->u_matrix, streams);
     if (p->by_channels) {
       for (int64_t k = 0; k < p->blocks; k++) {
         winograd_block *block = (winograd_block *)(blocks + k * p->block_bytes);
 #pragma omp single
-        KERNEL(winograd_cut)(&p->tiling, WHOLE, p->tiles, k, block);
+        KERNEL(winograd_cut)(&p->tiling, p->phase, p->tiles, k, block);
         KERNEL(winograd_take)
         (&p->x, block, block->count * me / all, block->count * (me + 1) / all, vs + k * v_size(p), p->v_row,
          p->v_matrix);
@@ -184,7 +236,7 @@ static void run_group(const forward_plan *p, int threads, float *scratch) {
 #pragma omp barrier
       int64_t first = p->panels * me / all, last = p->panels * (me + 1) / all;
       if (p->by_rows)
-        finish_by_rows(p, blocks, first, last, p->u + me * whole_lines(SIDE * row_matrix(p)), vs, m);
+        finish_by_rows(p, blocks, first, last, p->u + me * row_size(p), vs, m);
       for (int64_t k = 0; k < (p->by_rows ? 0 : p->blocks) && last > first; k++)
         finish_block(p, block_at(p, blocks, k), k, first, last, vs + k * v_size(p), m);
     } else {
@@ -193,7 +245,7 @@ static void run_group(const forward_plan *p, int threads, float *scratch) {
       int64_t of_chunk = divide_up(p->blocks, p->chunks);
       for (int64_t k = p->chunks * me / all * of_chunk; k < smaller(p->blocks, p->chunks * (me + 1) / all * of_chunk);
            k++) {
-        KERNEL(winograd_cut)(&p->tiling, WHOLE, p->tiles, k, block);
+        KERNEL(winograd_cut)(&p->tiling, p->phase, p->tiles, k, block);
         KERNEL(winograd_take)(&p->x, block, 0, block->count, v, p->v_row, p->v_matrix);
         finish_block(p, block, k, 0, p->panels, v, m);
       }
@@ -202,16 +254,17 @@ static void run_group(const forward_plan *p, int threads, float *scratch) {
   }
 }
 
-void KERNEL(winograd_forward)(conv_direction direction, const winograd_operands *o, int threads, void *scratch) {
+static void run_phase(conv_direction direction, const winograd_operands *o, winograd_phase phase, int threads,
+                      void *scratch) {
   const conv_geometry *g = o->g;
-  forward_plan p = make_plan(direction, g, threads, o->packed);
+  forward_plan p = make_plan(direction, g, phase, threads, o->packed);
   const float *x = p.turned ? o->y : o->x, *bias = o->after.bias, *residual = o->after.residual;
   float *y = p.turned ? o->x : o->y, *u = o->packed ? o->packed->memory : scratch;
   p.x.relu = o->relu_x;
   p.y.relu = o->after.relu;
-  p.y.moments_step = p.y.step;
-  p.y.streams = STREAMS && g->batch * pixels(p.y.size) * p.y.step * (int64_t)sizeof(float) >= STREAMED_MAP &&
-                p.out % LANES == 0 && (uintptr_t)y % sizeof(float_lanes) == 0;
+  p.y.moments_step = g->groups * p.out;
+  p.y.streams = STREAMS && g->batch * p.y.image * (int64_t)sizeof(float) >= STREAMED_MAP && p.out % LANES == 0 &&
+                (uintptr_t)y % sizeof(float_lanes) == 0;
   p.is_transformed = o->packed && o->packed->ready;
   if (o->moments) {
     int64_t left = moments_chunks(g->batch * pixels(p.y.size)) - p.chunks, size = 4 * p.y.moments_step;
@@ -223,10 +276,16 @@ void KERNEL(winograd_forward)(conv_direction direction, const winograd_operands 
     p.x.shift = o->scale ? o->shift + k * p.x.channels : NULL;
     p.w = o->w + k * g->out * 9 * g->in;
     p.u = u + (o->packed ? k * u_size(&p) : 0);
-    p.y.data = y + k * p.out;
+    p.y.data = y + p.first + k * p.out;
     p.y.bias = bias ? bias + k * p.out : NULL;
     p.y.residual = residual ? residual + k * p.out : NULL;
     p.y.moments = o->moments ? o->moments + k * p.out : NULL;
     run_group(&p, threads, (float *)scratch + (o->packed ? 0 : u_room(&p, threads)));
   }
+}
+
+void KERNEL(winograd_forward)(conv_direction direction, const winograd_operands *o, int threads, void *scratch) {
+  for (winograd_phase phase = first_phase(o->g); phase <= last_phase(o->g); phase++)
+    if (!is_empty(o->g, phase))
+      run_phase(direction, o, phase, threads, scratch);
 }

@@ -6,25 +6,41 @@ enum { TAPS = 9, AHEAD = 6 /* kernels */ };
 
 /* All elements, or those of one row. */
 enum { ALL_ROWS = SIDE };
-#define ELEMENTS_IN(row) ((row) == ALL_ROWS ? ELEMENTS : SIDE)
 
-static ALWAYS_INLINE void elements_of(const float_lanes *g, const int row, float_lanes *u) {
+typedef void along(const float_lanes *g, const int step, float_lanes *o, const int to);
+
+static ALWAYS_INLINE along *along_of(const winograd_taps taps) {
+  return taps == ALL_TAPS ? winograd_kernel : taps == OUTER_TAPS ? outer_kernel : middle_kernel;
+}
+
+static ALWAYS_INLINE int elements_in(const winograd_phase phase, const int row) {
+  return winograd_elements(winograd_taps_of(phase, 1)) *
+         (row == ALL_ROWS ? winograd_elements(winograd_taps_of(phase, 0)) : 1);
+}
+
+static ALWAYS_INLINE void elements_of(const winograd_phase phase, const float_lanes *g, const int row, float_lanes *u) {
+  along *along_y = along_of(winograd_taps_of(phase, 0)), *along_x = along_of(winograd_taps_of(phase, 1));
+  const int height = winograd_elements(winograd_taps_of(phase, 0)), width = elements_in(phase, 0);
   float_lanes done[3 * SIDE];
 #pragma GCC unroll 3
   for (int s = 0; s < 3; s++)
-    winograd_kernel(g + s, 3, done + s, 3);
+    along_y(g + s, 3, done + s, 3);
   if (row < ALL_ROWS) {
-    winograd_kernel(done + row * 3, 1, u, 1);
+    along_x(done + row * 3, 1, u, 1);
     return;
   }
 #pragma GCC unroll 6
-  for (int p = 0; p < SIDE; p++)
-    winograd_kernel(done + p * 3, 1, u + p * SIDE, 1);
+  for (int p = 0; p < height; p++)
+    along_x(done + p * 3, 1, u + p * width, 1);
 }
 
-/* The taps that a row's elements hang on: the first row's on the first three, the last one's on the last three. */
-static ALWAYS_INLINE bool needs_tap(const int row, int tap) {
-  return row == 0 ? tap < 3 : row == SIDE - 1 ? tap >= 6 : true;
+/* The taps of an axis that element p hangs on; ALL_ROWS: that any does. */
+static ALWAYS_INLINE bool hangs_on(const winograd_taps taps, const int p, int tap) {
+  const int infinity = taps == ALL_TAPS ? 5 : 3;
+  return taps == MIDDLE_TAP ? tap == 1 : p == 0 ? tap == 0 : p == infinity ? tap == 2 : taps == ALL_TAPS || tap != 1;
+}
+static ALWAYS_INLINE bool needs_tap(const winograd_phase phase, const int row, int tap) {
+  return hangs_on(winograd_taps_of(phase, 0), row, tap / 3) && hangs_on(winograd_taps_of(phase, 1), ALL_ROWS, tap % 3);
 }
 
 static ALWAYS_INLINE void store_panel(float *to, int64_t matrix_step, const float_lanes *u, const int count,
@@ -40,8 +56,8 @@ static ALWAYS_INLINE void store_panel(float *to, int64_t matrix_step, const floa
 typedef void take(const float *w, int64_t out, int64_t in, int64_t panel, float *u, int64_t matrix_step, bool streams);
 
 /* Columns are output channels: taps of LANES kernels are turned so that they stand side by side. */
-static ALWAYS_INLINE void take_columns(const int row, const float *w, int64_t out, int64_t in, int64_t panel, float *u,
-                                       int64_t matrix_step, bool streams) {
+static ALWAYS_INLINE void take_columns(const winograd_phase phase, const int row, const float *w, int64_t out,
+                                       int64_t in, int64_t panel, float *u, int64_t matrix_step, bool streams) {
   static const float zeros[TAPS * LANES];
   _Alignas(64) float taps[TAPS][LANES][LANES];
   for (int64_t o = panel * PANEL; o < (panel + 1) * PANEL; o += LANES, u += LANES)
@@ -49,7 +65,7 @@ static ALWAYS_INLINE void take_columns(const int row, const float *w, int64_t ou
       int64_t count = smaller(LANES, in - i);
       for (int tap = 0; tap < TAPS; tap++) {
         const float *rows[LANES];
-        if (!needs_tap(row, tap))
+        if (!needs_tap(phase, row, tap))
           continue;
         for (int64_t k = 0; k < LANES; k++)
           rows[k] = o + k < out ? w + ((o + k) * TAPS + tap) * in + i : zeros;
@@ -59,16 +75,16 @@ static ALWAYS_INLINE void take_columns(const int row, const float *w, int64_t ou
         float_lanes g[TAPS], elements[ELEMENTS];
 #pragma GCC unroll 9
         for (int tap = 0; tap < TAPS; tap++)
-          g[tap] = needs_tap(row, tap) ? load_lanes(taps[tap][k], 0, false) : (float_lanes){0};
-        elements_of(g, row, elements);
-        store_panel(u + (i + k) * PANEL, matrix_step, elements, ELEMENTS_IN(row), streams);
+          g[tap] = needs_tap(phase, row, tap) ? load_lanes(taps[tap][k], 0, false) : (float_lanes){0};
+        elements_of(phase, g, row, elements);
+        store_panel(u + (i + k) * PANEL, matrix_step, elements, elements_in(phase, row), streams);
       }
     }
 }
 
 /* Columns are input channels, which stand side by side; the kernel is turned. */
-static ALWAYS_INLINE void take_turned(const int row, const float *w, int64_t out, int64_t in, int64_t panel, float *u,
-                                      int64_t matrix_step, bool streams) {
+static ALWAYS_INLINE void take_turned(const winograd_phase phase, const int row, const float *w, int64_t out,
+                                      int64_t in, int64_t panel, float *u, int64_t matrix_step, bool streams) {
   for (int64_t o = 0; o < out; o++)
     for (int half = 0; half < 2; half++) {
       int64_t i = panel * PANEL + half * LANES, count = i < in ? smaller(LANES, in - i) : 0;
@@ -76,51 +92,81 @@ static ALWAYS_INLINE void take_turned(const int row, const float *w, int64_t out
 #pragma GCC unroll 9
       for (int tap = 0; tap < TAPS; tap++) {
         const float *from = w + (o * TAPS + TAPS - 1 - tap) * in + i;
-        bool loads = needs_tap(row, tap) && count;
+        bool loads = needs_tap(phase, row, tap) && count;
         g[tap] = !loads           ? (float_lanes){0}
                  : count == LANES ? load_lanes(from, 0, false)
                                   : load_first_lanes(from, count);
         __builtin_prefetch(from + AHEAD * TAPS * in);
       }
-      elements_of(g, row, elements);
-      store_panel(u + o * PANEL + half * LANES, matrix_step, elements, ELEMENTS_IN(row), streams);
+      elements_of(phase, g, row, elements);
+      store_panel(u + o * PANEL + half * LANES, matrix_step, elements, elements_in(phase, row), streams);
     }
 }
 
-#define TAKE(name, way, row)                                                                                           \
+#define TAKE(name, way, phase, row)                                                                                    \
   static void name(const float *w, int64_t out, int64_t in, int64_t panel, float *u, int64_t matrix_step,              \
                    bool streams) {                                                                                     \
-    way(row, w, out, in, panel, u, matrix_step, streams);                                                              \
+    way(phase, row, w, out, in, panel, u, matrix_step, streams);                                                       \
   }
 #define TAKE_ROWS(way)                                                                                                 \
-  TAKE(way##_0, way, 0)                                                                                                \
-  TAKE(way##_1, way, 1)                                                                                                \
-  TAKE(way##_2, way, 2)                                                                                                \
-  TAKE(way##_3, way, 3)                                                                                                \
-  TAKE(way##_4, way, 4)                                                                                                \
-  TAKE(way##_5, way, 5)                                                                                                \
-  TAKE(way##_all, way, ALL_ROWS)                                                                                       \
+  TAKE(way##_0, way, WHOLE, 0)                                                                                         \
+  TAKE(way##_1, way, WHOLE, 1)                                                                                         \
+  TAKE(way##_2, way, WHOLE, 2)                                                                                         \
+  TAKE(way##_3, way, WHOLE, 3)                                                                                         \
+  TAKE(way##_4, way, WHOLE, 4)                                                                                         \
+  TAKE(way##_5, way, WHOLE, 5)                                                                                         \
+  TAKE(way##_all, way, WHOLE, ALL_ROWS)                                                                                \
   static take *const way##_rows[] = {way##_0, way##_1, way##_2, way##_3, way##_4, way##_5, way##_all};
 TAKE_ROWS(take_columns)
 TAKE_ROWS(take_turned)
 #undef TAKE_ROWS
+
+#define TAKE_OUTER(phase)                                                                                              \
+  TAKE(phase##_0, take_turned, phase, 0)                                                                               \
+  TAKE(phase##_1, take_turned, phase, 1)                                                                               \
+  TAKE(phase##_2, take_turned, phase, 2)                                                                               \
+  TAKE(phase##_3, take_turned, phase, 3)                                                                               \
+  TAKE(phase##_4, take_turned, phase, 4)                                                                               \
+  TAKE(phase##_all, take_turned, phase, ALL_ROWS)
+TAKE_OUTER(OUTER_OUTER)
+TAKE_OUTER(OUTER_MIDDLE)
+TAKE(MIDDLE_OUTER_0, take_turned, MIDDLE_OUTER, 0)
+TAKE(MIDDLE_MIDDLE_0, take_turned, MIDDLE_MIDDLE, 0)
+#undef TAKE_OUTER
 #undef TAKE
 
-void KERNEL(winograd_take_kernel)(const float *w, int64_t out, int64_t in, bool turned, int64_t panel, float *u,
-                                  int64_t matrix_step, bool streams) {
-  (turned ? take_turned_rows : take_columns_rows)[ALL_ROWS](w, out, in, panel, u, matrix_step, streams);
+static take *form_of(winograd_phase phase, bool turned, int row) {
+  static take *const outer_outer[] = {OUTER_OUTER_0, OUTER_OUTER_1, OUTER_OUTER_2,  OUTER_OUTER_3,
+                                      OUTER_OUTER_4, NULL,          OUTER_OUTER_all};
+  static take *const outer_middle[] = {OUTER_MIDDLE_0, OUTER_MIDDLE_1, OUTER_MIDDLE_2,  OUTER_MIDDLE_3,
+                                       OUTER_MIDDLE_4, NULL,           OUTER_MIDDLE_all};
+  switch (phase) {
+  case OUTER_OUTER:
+    return outer_outer[row];
+  case OUTER_MIDDLE:
+    return outer_middle[row];
+  case MIDDLE_OUTER:
+    return MIDDLE_OUTER_0;
+  case MIDDLE_MIDDLE:
+    return MIDDLE_MIDDLE_0;
+  default:
+    return (turned ? take_turned_rows : take_columns_rows)[row];
+  }
 }
 
-void KERNEL(winograd_take_kernel_row)(const float *w, int64_t out, int64_t in, bool turned, int64_t panel, int row,
-                                      float *u, int64_t matrix_step) {
-  (turned ? take_turned_rows : take_columns_rows)[row](w, out, in, panel, u, matrix_step, false);
+void KERNEL(winograd_take_kernel)(winograd_phase phase, const float *w, int64_t out, int64_t in, bool turned,
+                                  int64_t panel, float *u, int64_t matrix_step, bool streams) {
+  form_of(phase, turned, ALL_ROWS)(w, out, in, panel, u, matrix_step, streams);
+}
+
+void KERNEL(winograd_take_kernel_row)(winograd_phase phase, const float *w, int64_t out, int64_t in, bool turned,
+                                      int64_t panel, int row, float *u, int64_t matrix_step) {
+  form_of(phase, turned, row)(w, out, in, panel, u, matrix_step, false);
 }
 
 /* ---- gradients ---- */
 
-typedef void backwards(const float_lanes *u, const int step, float_lanes *o, const int to);
-
-static ALWAYS_INLINE backwards *backwards_of(const winograd_taps taps) {
+static ALWAYS_INLINE along *backwards_of(const winograd_taps taps) {
   return taps == ALL_TAPS ? winograd_kernel_turned : taps == OUTER_TAPS ? outer_kernel_turned : middle_kernel_turned;
 }
 

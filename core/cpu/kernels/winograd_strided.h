@@ -39,7 +39,24 @@ static ALWAYS_INLINE void outer_in(const bool is_short, const float_lanes *d, co
   o[4 * to] = fused(-a * a, d1, d3);
 }
 
-/* Gradients of 4 or 3 outputs to elements. */
+/* Elements to outputs: 4, or 3. */
+static ALWAYS_INLINE void outer_out(const bool is_short, const float_lanes *m, const int step, float_lanes *o,
+                                    const int to) {
+  float_lanes even = m[step] + m[2 * step], odd = m[step] - m[2 * step], m3 = m[3 * step];
+  if (is_short) {
+    o[0] = m[0] + even;
+    o[to] = STRIDED_A * odd;
+    o[2 * to] = fused(SA2, even, m3);
+    return;
+  }
+  float_lanes m4 = m[4 * step];
+  o[0] = m[0] + even + m4;
+  o[to] = fused(STRIDED_B, m4, STRIDED_A * odd);
+  o[2 * to] = fused(SB2, m4, SA2 * even);
+  o[3 * to] = fused(SB3, m4, fused(SA3, odd, m3));
+}
+
+/* The transpose of that: gradients of 4 or 3 outputs to elements. */
 static ALWAYS_INLINE void outer_out_turned(const bool is_short, const float_lanes *d, const int step, float_lanes *o,
                                            const int to) {
   float_lanes d0 = d[0], d1 = d[step], d2 = d[2 * step], d3 = is_short ? d2 : d[3 * step];
@@ -52,7 +69,18 @@ static ALWAYS_INLINE void outer_out_turned(const bool is_short, const float_lane
     o[4 * to] = fused(SB2, d2, d0) + fused(SB3, d3, STRIDED_B * d1);
 }
 
-/* Elements of a kernel to the gradient of its 2 numbers. */
+/* 3 numbers of a kernel, of which the outer ones count, to elements. */
+static ALWAYS_INLINE void outer_kernel(const float_lanes *g, const int step, float_lanes *o, const int to) {
+  const float a = STRIDED_A, b = STRIDED_B;
+  float_lanes g0 = g[0], g2 = g[2 * step];
+  o[0] = 1 / (a * a * b) * g0;
+  o[to] = fused(1 / (2 * a * (a - b)), g2, 1 / (2 * a * a * (a - b)) * g0);
+  o[2 * to] = fused(1 / (2 * a * (a + b)), g2, -1 / (2 * a * a * (a + b)) * g0);
+  o[3 * to] = g2;
+  o[4 * to] = fused(1 / (b * b - a * a), g2, 1 / (b * (b * b - a * a)) * g0);
+}
+
+/* The transpose of that: elements to the gradient of 2 numbers. */
 static ALWAYS_INLINE void outer_kernel_turned(const float_lanes *u, const int step, float_lanes *o, const int to) {
   const float a = STRIDED_A, b = STRIDED_B;
   float_lanes plus = 1 / (2 * a * (a - b)) * u[step], minus = 1 / (2 * a * (a + b)) * u[2 * step];
@@ -61,12 +89,16 @@ static ALWAYS_INLINE void outer_kernel_turned(const float_lanes *u, const int st
   o[to] = plus + minus + u4 + u[3 * step];
 }
 
-/* The middle tap's elements are the inputs, and the gradients of outputs. */
-static ALWAYS_INLINE void middle_in(const bool is_short, const float_lanes *d, const int step, float_lanes *o,
-                                    const int to) {
+/* The middle tap's elements are inputs and outputs as they stand. */
+static ALWAYS_INLINE void middle_same(const bool is_short, const float_lanes *d, const int step, float_lanes *o,
+                                      const int to) {
 #pragma GCC unroll 4
   for (int k = 0; k < 4 - is_short; k++)
     o[k * to] = d[k * step];
+}
+static ALWAYS_INLINE void middle_kernel(const float_lanes *g, const int step, float_lanes *o, const int to) {
+  (void)to;
+  o[0] = g[step];
 }
 static ALWAYS_INLINE void middle_kernel_turned(const float_lanes *u, const int step, float_lanes *o, const int to) {
   (void)step;

@@ -112,10 +112,10 @@ static ALWAYS_INLINE float_lanes changed(float_lanes value, float_lanes scale, f
 typedef void transform(const bool is_short, const float_lanes *d, const int step, float_lanes *o, const int to);
 
 static ALWAYS_INLINE transform *in_of(const winograd_taps taps) {
-  return taps == ALL_TAPS ? winograd_in : taps == OUTER_TAPS ? outer_in : middle_in;
+  return taps == ALL_TAPS ? winograd_in : taps == OUTER_TAPS ? outer_in : middle_same;
 }
 static ALWAYS_INLINE transform *out_turned_of(const winograd_taps taps) {
-  return taps == ALL_TAPS ? winograd_out_turned : taps == OUTER_TAPS ? outer_out_turned : middle_in;
+  return taps == ALL_TAPS ? winograd_out_turned : taps == OUTER_TAPS ? outer_out_turned : middle_same;
 }
 
 /* Where element or position p of an axis stands; whether there is none in a short tile. */
@@ -305,28 +305,39 @@ static ALWAYS_INLINE void measure(const winograd_result *y, const bool begins, c
   store_first_lanes(squares, square, count);
 }
 
-static ALWAYS_INLINE void give_tile(const bool short_y, const bool short_x, const winograd_result *y,
-                                    const winograd_tile *t, bool begins, int64_t first, int64_t channels,
-                                    const float *m, int64_t matrix_step, const bool plain) {
+static ALWAYS_INLINE transform *out_of(const winograd_taps taps) {
+  return taps == ALL_TAPS ? winograd_out : taps == OUTER_TAPS ? outer_out : middle_same;
+}
+
+static ALWAYS_INLINE void give_tile(const bool short_y, const bool short_x, const winograd_phase phase,
+                                    const winograd_result *y, const winograd_tile *t, bool begins, int64_t first,
+                                    int64_t channels, const float *m, int64_t row_step, int64_t matrix_step,
+                                    const bool plain) {
+  const winograd_taps of_y = winograd_taps_of(phase, 0), of_x = winograd_taps_of(phase, 1);
   const int rows = 4 - short_y, columns = 4 - short_x;
-  int64_t line = y->size[1] * y->step, offset = ((t->image * y->size[0] + t->y) * y->size[1] + t->x) * y->step + first;
+  const int height = winograd_inputs(of_y), width = winograd_inputs(of_x);
+  const int64_t line_of_matrices = winograd_elements(of_x) * matrix_step;
+  const int64_t line_of_rows = winograd_positions(of_x, short_x) * row_step;
+  int64_t line = y->line, offset = t->image * y->image + t->y * y->line + t->x * y->step + first;
   bool whole = t->rows == rows && t->columns == columns;
   for (int64_t c = 0; c < channels; c += LANES) {
     float_lanes e[ELEMENTS], done[4 * SIDE], o[16];
     int64_t count = lanes_left(channels, c);
 #pragma GCC unroll 6
-    for (int p = 0; p < SIDE; p++)
+    for (int p = 0; p < height; p++)
 #pragma GCC unroll 6
-      for (int q = 0; q < SIDE; q++)
-        if (!(short_y && p == 4) && !(short_x && q == 4))
-          e[p * SIDE + q] = load_lanes(m, (p * SIDE + q) * matrix_step + c, false);
+      for (int q = 0; q < width; q++)
+        if (!lacks(of_y, short_y, p) && !lacks(of_x, short_x, q))
+          e[p * width + q] = load_lanes(
+              m, place_of(of_y, p, line_of_matrices, line_of_rows) + place_of(of_x, q, matrix_step, row_step) + c,
+              false);
 #pragma GCC unroll 6
-    for (int q = 0; q < SIDE; q++)
-      if (!(short_x && q == 4))
-        winograd_out(short_y, e + q, SIDE, done + q, SIDE);
+    for (int q = 0; q < width; q++)
+      if (!lacks(of_x, short_x, q))
+        out_of(of_y)(short_y, e + q, width, done + q, width);
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
-      winograd_out(short_x, done + r * SIDE, 1, o + r * 4, 1);
+      out_of(of_x)(short_x, done + r * width, 1, o + r * 4, 1);
     float_lanes bias = !plain && y->bias ? load_first_lanes(y->bias + first + c, count) : (float_lanes){0};
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
@@ -355,17 +366,30 @@ static ALWAYS_INLINE void give_tile(const bool short_y, const bool short_x, cons
   }
 }
 
-#define GIVE(name, plain)                                                                                              \
+#define GIVE(name, phase, plain)                                                                                       \
   static __attribute__((noinline)) void name(const winograd_result *y, const winograd_tile *t, bool begins,            \
-                                             int64_t first, int64_t channels, const float *m, int64_t matrix_step) {   \
-    OF_KIND(t, give_tile, y, t, begins, first, channels, m, matrix_step, plain)                                        \
+                                             int64_t first, int64_t channels, const float *m, int64_t row_step,        \
+                                             int64_t matrix_step) {                                                    \
+    OF_KIND(t, give_tile, phase, y, t, begins, first, channels, m, row_step, matrix_step, plain)                       \
   }
-GIVE(give_plain, true)
-GIVE(give_changed, false)
+GIVE(give_changed, WHOLE, false)
+GIVE(give_plain_WHOLE, WHOLE, true)
+GIVE(give_plain_OUTER_OUTER, OUTER_OUTER, true)
+GIVE(give_plain_OUTER_MIDDLE, OUTER_MIDDLE, true)
+GIVE(give_plain_MIDDLE_OUTER, MIDDLE_OUTER, true)
+GIVE(give_plain_MIDDLE_MIDDLE, MIDDLE_MIDDLE, true)
 
 void KERNEL(winograd_give)(const winograd_result *y, const winograd_block *block, int64_t first, int64_t count,
                            const float *m, int64_t row_step, int64_t matrix_step) {
-  __typeof__(give_plain) *form = y->bias || y->residual || y->relu ? give_changed : give_plain;
+  static __typeof__(give_changed) *const plain[PHASES] = {
+      [WHOLE] = give_plain_WHOLE,
+      [OUTER_OUTER] = give_plain_OUTER_OUTER,
+      [OUTER_MIDDLE] = give_plain_OUTER_MIDDLE,
+      [MIDDLE_OUTER] = give_plain_MIDDLE_OUTER,
+      [MIDDLE_MIDDLE] = give_plain_MIDDLE_MIDDLE,
+  };
+  __typeof__(give_changed) *form = y->bias || y->residual || y->relu ? give_changed : plain[block->phase];
   for (int k = 0; k < block->count; k++)
-    form(y, &block->tiles[k], y->begins && k == 0, first, count, m + block->tiles[k].row * row_step, matrix_step);
+    form(y, &block->tiles[k], y->begins && k == 0, first, count, m + block->tiles[k].row * row_step, row_step,
+         matrix_step);
 }
