@@ -25,7 +25,7 @@ static void read_forced(void) {
 
 static bool by_winograd(conv_direction direction, const conv_geometry *g, conv_wish wish) {
   pthread_once(&forced.once, read_forced);
-  return winograd_can(direction, g) && !wish.accurate && !forced.direct &&
+  return winograd_can(g) && !wish.accurate && !forced.direct &&
          (forced.winograd || winograd_suits(direction, g, wish.kept));
 }
 
@@ -49,7 +49,12 @@ conv_way conv_preferred(conv_direction direction, const conv_geometry *g, conv_w
 
 /* ---- the choice ---- */
 
-enum { PANELS_MARK = 0, WINOGRAD_MARK = -1 /* minus the groups */ }; /* oneDNN's are greater */
+enum { PANELS_MARK = 0 }; /* oneDNN's are greater */
+
+/* Groups and strides have their own forms of a kernel. */
+static int64_t winograd_mark(const conv_geometry *g) {
+  return -(2 * g->groups + g->stride[0] - 1);
+}
 
 /* By oneDNN, which may have a kernel for the bias alone. */
 static device_status choose_onednn(conv_direction direction, const conv_geometry *g, int follows, conv_choice *choice) {
@@ -86,8 +91,7 @@ device_status conv_choose(conv_direction direction, const conv_geometry *g, int 
     *choice = (conv_choice){.way = way = BY_LOWERING, .follows = follows & FOLLOWED_BY_BIAS};
   }
   if (way == BY_WINOGRAD)
-    *choice =
-        (conv_choice){way, follows, winograd_scratch(direction, g), winograd_packed(g), WINOGRAD_MARK - g->groups};
+    *choice = (conv_choice){way, follows, winograd_scratch(direction, g), winograd_packed(g), winograd_mark(g)};
   else if (way == BY_PANELS)
     *choice = (conv_choice){way, follows, conv_panels_scratch(g), conv_panels_packed(g), PANELS_MARK};
   else

@@ -1,11 +1,14 @@
-/* winograd.h: convolution by 3x3 kernels with stride 1 in fewer multiplications: F(4x4, 3x3) of Winograd and of Lavin
- * and Gray (arXiv 1509.09308), float32, channels-last. A tile of 6x6 inputs, transformed, times a transformed kernel of
- * 36 numbers, transformed back, is a tile of 4x4 outputs: 36 multiplications where the direct way needs 144. What
- * stands between is 36 matrix products over channels.
+/* winograd.h: convolution by 3x3 kernels in fewer multiplications: F(4x4, 3x3) of Winograd and of Lavin and Gray (arXiv
+ * 1509.09308), float32, channels-last. A tile of 6x6 inputs, transformed, times a transformed kernel of 36 numbers,
+ * transformed back, is a tile of 4x4 outputs: 36 multiplications where the direct way needs 144. What stands between is
+ * 36 matrix products over channels.
  *
  * The points of interpolation are 0, +-5/8, +-3/2 and infinity; the textbook's +-1, +-2 lose ten times as much. A tile
  * of 3 outputs leaves out the point -3/2 and shares the kernel's other 5 numbers, so that any size is cut into tiles of
- * 4 and 3 with little or nothing hanging over. */
+ * 4 and 3 with little or nothing hanging over.
+ *
+ * With stride 2 the kernel's taps fall into those that meet odd and those that meet even pixels: four convolutions
+ * without stride and 81 multiplications (kernels/winograd_strided.h). */
 #ifndef OREPA_CORE_CPU_WINOGRAD_H
 #define OREPA_CORE_CPU_WINOGRAD_H
 
@@ -28,7 +31,7 @@ typedef struct {
 
 /* Whether it computes such a convolution at all, and whether it is the fastest way to; `kept`: the transformed kernel
  * is. */
-bool winograd_can(conv_direction direction, const conv_geometry *g);
+bool winograd_can(const conv_geometry *g);
 bool winograd_suits(conv_direction direction, const conv_geometry *g, bool kept);
 
 /* Whether a scale and shift of x give norm_apply's bits; else they are not to be asked for. */

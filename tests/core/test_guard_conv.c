@@ -175,6 +175,18 @@ static void network_shapes(void **unused) {
     check(&network[k], k % 2 ? OREPA_BFLOAT16 : OREPA_FLOAT32, k, 2, 4, false);
 }
 
+/* So many tiles that gradients of 3x3 kernels with a step of two go by Winograd's way, both or that of the kernel. */
+static void strided(void **unused) {
+  (void)unused;
+  static const geometry all[] = {
+      {25, 65, 9, 10, 128, {3, 3}, {{2, 2}, {1, 1}, {1, 1}, 1}, true},
+      {13, 33, 12, 10, 70, {3, 3}, {{2, 2}, {1, 0}, {1, 1}, 1}, false},
+      {12, 34, 11, 9, 64, {3, 3}, {{2, 2}, {0, 2}, {1, 1}, 1}, true},
+  };
+  for (size_t k = 0; k < sizeof all / sizeof *all; k++)
+    check(&all[k], OREPA_FLOAT32, k, 1 + (int)k, 2, k == 1);
+}
+
 /* ---- limits ---- */
 
 typedef struct {
@@ -202,7 +214,7 @@ static bool passes(const char *number, const limit *l) {
 
 int main(int count, char **words) {
   const struct CMUnitTest tests[] = {cmocka_unit_test(any), cmocka_unit_test(points), cmocka_unit_test(narrow_networks),
-                                     cmocka_unit_test(network_shapes)};
+                                     cmocka_unit_test(network_shapes), cmocka_unit_test(strided)};
   if (count == 2) {
     const limit *l = &limits[words[1][0] - '0'];
     char name[64];

@@ -222,9 +222,17 @@ typedef struct {
 /* v[e][row][channel] of a block's tiles first ... last-1; rows are `row_step` apart, matrices `matrix_step`. */
 void KERNEL(winograd_take)(const winograd_map *x, const winograd_block *block, int first, int last, float *v,
                            int64_t row_step, int64_t matrix_step);
-/* The map's channels first ... first+count-1 from m[e][row][channel - first]. */
-void KERNEL(winograd_give)(const winograd_result *y, const winograd_block *block, int64_t first, int64_t count,
-                           const float *m, int64_t row_step, int64_t matrix_step);
+/* A phase's m[e][row][channel] of a block's tiles. */
+typedef struct {
+  const winograd_block *block;
+  const float *m;
+  int64_t matrix_step;
+} winograd_part;
+
+/* The map's channels first ... first+count-1, m beginning with the first: from one phase, or the sum of all four with
+ * stride 2. */
+void KERNEL(winograd_give)(const winograd_result *y, const winograd_part *parts, bool sums, int64_t first,
+                           int64_t count, int64_t row_step);
 /* z[e][panel][row][column] of the gradient of a map of outputs; rows is that of the matrices. */
 void KERNEL(winograd_take_gradient)(const winograd_map *dy, const winograd_block *block, int first, int last, float *z,
                                     int64_t rows, int64_t matrix_step);
@@ -233,7 +241,7 @@ void KERNEL(winograd_take_gradient)(const winograd_map *dy, const winograd_block
 
 /* u[e][i][column] of one panel of O, or turned by 180 degrees and with the channels' roles changed: u[e][o][column] of
  * one panel of I. All elements of a phase, perhaps past the caches; or those of one row, e = width*row + q, as u[q].
- * Phases of stride 2 are always turned. */
+ * A row of phases of stride 2 is always turned. */
 void KERNEL(winograd_take_kernel)(winograd_phase phase, const float *w, int64_t out, int64_t in, bool turned,
                                   int64_t panel, float *u, int64_t matrix_step, bool streams);
 void KERNEL(winograd_take_kernel_row)(winograd_phase phase, const float *w, int64_t out, int64_t in, bool turned,

@@ -14,12 +14,13 @@ enum {
   FEW_CHANNELS = 128,     /* up to these a block is small, and its matrices stay in the second cache */
   SMALL_BLOCK = 28,       /* tiles */
   LARGE_BLOCK = 112,      /* so many that a kernel larger than the cache is worth reading */
+  TOGETHER = 4,           /* panels whose sums of four phases are made before any is given */
   STREAMED_MAP = 1 << 22, /* bytes of a map that is written past the caches */
   LARGE_KERNEL = 1 << 22, /* bytes of a transformed kernel that goes past the caches, or is made by rows */
 };
 
 typedef struct {
-  winograd_phase phase;
+  winograd_phase first_phase, last_phase; /* whose results are added */
   winograd_map x;
   winograd_result y;
   winograd_tiling tiling;
@@ -28,35 +29,66 @@ typedef struct {
   bool is_transformed; /* already */
   int64_t w_out, w_in; /* of the kernel as it is stored */
   bool turned;
-  int64_t out, panels;
-  int64_t first; /* of the outputs in their map, in floats */
-  int64_t tiles, blocks, chunks;                                   /* tiles of a block; chunks of moments */
-  int64_t v_row, v_matrix, m_row, m_matrix, u_matrix, block_bytes; /* steps in floats; bytes of a block's description */
-  bool by_channels, by_rows;                                       /* the latter only with the former */
+  int64_t out, panels, together;  /* panels; those whose sums are made before any is given */
+  int64_t first;                  /* of the outputs in their map, in floats */
+  int64_t tiles, blocks, chunks;  /* tiles of a block; chunks of moments */
+  int64_t v_row, m_row, u_matrix; /* steps in floats */
+  int64_t block_bytes;            /* of a block's description, for one phase */
+  bool by_channels, by_rows;      /* the latter only with the former */
 } forward_plan;
+
+static int64_t v_matrix(const forward_plan *p, winograd_phase phase) {
+  return winograd_most_rows(phase, p->tiles) * p->v_row + GAP;
+}
+static int64_t m_matrix(const forward_plan *p, winograd_phase phase) {
+  return winograd_most_rows(phase, p->tiles) * p->m_row + GAP;
+}
+
+/* Where a phase's matrices begin, behind those of the phases before it. */
+static int64_t u_begin(const forward_plan *p, winograd_phase phase) {
+  int64_t begin = 0;
+  for (winograd_phase k = p->first_phase; k < phase; k++)
+    begin += winograd_matrices(k) * p->u_matrix;
+  return begin;
+}
+static int64_t v_begin(const forward_plan *p, winograd_phase phase) {
+  int64_t begin = 0;
+  for (winograd_phase k = p->first_phase; k < phase; k++)
+    begin += winograd_matrices(k) * v_matrix(p, k);
+  return begin;
+}
+static int64_t m_begin(const forward_plan *p, winograd_phase phase) {
+  int64_t begin = 0;
+  for (winograd_phase k = p->first_phase; k < phase; k++)
+    begin += winograd_matrices(k) * m_matrix(p, k);
+  return begin;
+}
 
 /* Floats of the pieces of scratch: the kernel, whole, or a row of a panel's for each thread; maps by blocks, or one for
  * each thread; sums, one for each thread, or by rows one for each of its blocks. */
 static int64_t u_size(const forward_plan *p) {
-  return whole_lines(winograd_matrices(p->phase) * p->u_matrix);
+  return whole_lines(u_begin(p, p->last_phase + 1));
 }
 static int64_t row_matrix(const forward_plan *p) {
   return PANEL * p->x.channels + GAP;
 }
-static int row_elements(const forward_plan *p) {
-  return winograd_elements(winograd_taps_of(p->phase, 1));
+static int row_elements(winograd_phase phase) {
+  return winograd_elements(winograd_taps_of(phase, 1));
 }
 static int64_t row_size(const forward_plan *p) {
-  return whole_lines(row_elements(p) * row_matrix(p));
+  return whole_lines(row_elements(p->first_phase) * row_matrix(p));
 }
 static int64_t u_room(const forward_plan *p, int threads) {
   return p->by_rows ? threads * row_size(p) : u_size(p);
 }
 static int64_t v_size(const forward_plan *p) {
-  return whole_lines(winograd_matrices(p->phase) * p->v_matrix);
+  return whole_lines(v_begin(p, p->last_phase + 1));
 }
 static int64_t m_size(const forward_plan *p) {
-  return whole_lines(winograd_matrices(p->phase) * p->m_matrix);
+  return whole_lines(m_begin(p, p->last_phase + 1));
+}
+static int64_t blocks_size(const forward_plan *p) {
+  return (p->last_phase - p->first_phase + 1) * p->block_bytes;
 }
 
 /* A phase of the data gradient with stride 2 makes every second pixel of an axis, from this one on. */
@@ -65,9 +97,9 @@ static int64_t first_pixel(const conv_geometry *g, winograd_phase phase, int axi
 }
 
 static void take_lattice(forward_plan *p, const conv_geometry *g) {
-  p->first = first_pixel(g, p->phase, 0) * p->y.line + first_pixel(g, p->phase, 1) * p->y.step;
+  p->first = first_pixel(g, p->first_phase, 0) * p->y.line + first_pixel(g, p->first_phase, 1) * p->y.step;
   for (int d = 0; d < 2; d++) {
-    int64_t middle = winograd_taps_of(p->phase, d) == MIDDLE_TAP, first = first_pixel(g, p->phase, d);
+    int64_t middle = winograd_taps_of(p->first_phase, d) == MIDDLE_TAP, first = first_pixel(g, p->first_phase, d);
     p->y.size[d] = (g->size[d] + 1 - first) / 2;
     p->x.padding[d] = !middle - (first + g->padding[d] - middle) / 2;
   }
@@ -78,17 +110,23 @@ static void take_lattice(forward_plan *p, const conv_geometry *g) {
 /* Sizes of group 0; pointers are set later. `kept`: the transformed kernel is. */
 static forward_plan make_plan(conv_direction direction, const conv_geometry *g, winograd_phase phase, int threads,
                               bool kept) {
+  bool sums = direction == CONV_FORWARD && g->stride[0] == 2;
   bool turned = direction == CONV_BACKWARD_DATA;
   const int64_t *from = turned ? g->result : g->size, *to = turned ? g->size : g->result;
-  forward_plan p = {.phase = phase, .w_out = g->out, .w_in = g->in, .turned = turned, .out = turned ? g->in : g->out};
-  p.x = (winograd_map){.size = {from[0], from[1]}, .channels = turned ? g->out : g->in, .stride = 1};
+  forward_plan p = {.first_phase = phase,
+                    .last_phase = sums ? MIDDLE_MIDDLE : phase,
+                    .w_out = g->out,
+                    .w_in = g->in,
+                    .turned = turned,
+                    .out = turned ? g->in : g->out};
+  p.x = (winograd_map){.size = {from[0], from[1]}, .channels = turned ? g->out : g->in, .stride = sums ? 2 : 1};
   p.x.step = g->groups * p.x.channels;
   p.y = (winograd_result){.size = {to[0], to[1]}, .step = g->groups * p.out};
   p.y.line = to[1] * p.y.step;
   p.y.image = to[0] * p.y.line;
   for (int d = 0; d < 2; d++)
     p.x.padding[d] = turned ? 2 - g->padding[d] : g->padding[d];
-  if (phase != WHOLE)
+  if (phase != WHOLE && !sums)
     take_lattice(&p, g);
   p.tiling = KERNEL(winograd_tiling_of)(g->batch, p.y.size);
   p.panels = divide_up(p.out, PANEL);
@@ -102,46 +140,48 @@ static forward_plan make_plan(conv_direction direction, const conv_geometry *g, 
   p.chunks = divide_up(p.blocks, divide_up(p.blocks, p.chunks));
   p.by_channels = p.chunks % threads != 0 && p.chunks < 4 * threads;
 
-  int64_t own_panels = p.by_channels ? divide_up(p.panels, threads) : p.panels;
+  p.together = sums ? smaller(p.panels, TOGETHER) : p.by_channels ? divide_up(p.panels, threads) : p.panels;
   p.v_row = divide_up(p.x.channels, LANES) * LANES + GAP;
-  p.v_matrix = winograd_most_rows(phase, p.tiles) * p.v_row + GAP;
-  p.m_row = own_panels * PANEL + GAP;
-  p.m_matrix = winograd_most_rows(phase, p.tiles) * p.m_row + GAP;
+  p.m_row = p.together * PANEL + GAP;
   p.u_matrix = p.panels * PANEL * p.x.channels + GAP;
-  p.by_rows = p.by_channels && !kept && u_size(&p) * (int64_t)sizeof(float) >= LARGE_KERNEL;
+  p.by_rows = p.by_channels && !kept && !sums && u_size(&p) * (int64_t)sizeof(float) >= LARGE_KERNEL;
   p.block_bytes = (int64_t)winograd_block_bytes(p.tiles);
   return p;
 }
 
-size_t KERNEL(winograd_packed)(const conv_geometry *g) {
-  forward_plan p = make_plan(CONV_FORWARD, g, WHOLE, 1, true); /* the kernel is the same for any number of threads */
-  return (size_t)(g->groups * u_size(&p)) * sizeof(float);
-}
-
-/* Phase after phase; small maps have no pixel for some. */
+/* The phases that are made one after the other: with stride 2, of the data gradient; forward they are summed at once.
+ */
 static winograd_phase first_phase(const conv_geometry *g) {
   return g->stride[0] == 2 ? OUTER_OUTER : WHOLE;
 }
-static winograd_phase last_phase(const conv_geometry *g) {
-  return g->stride[0] == 2 ? MIDDLE_MIDDLE : WHOLE;
+static winograd_phase last_phase(conv_direction direction, const conv_geometry *g) {
+  return g->stride[0] == 2 && direction == CONV_BACKWARD_DATA ? MIDDLE_MIDDLE : first_phase(g);
 }
-static bool is_empty(const conv_geometry *g, winograd_phase phase) {
+
+size_t KERNEL(winograd_packed)(const conv_geometry *g) {
+  forward_plan p =
+      make_plan(CONV_FORWARD, g, first_phase(g), 1, true); /* the kernel is the same for any number of threads */
+  return (size_t)(g->groups * u_size(&p)) * sizeof(float);
+}
+
+/* Small maps have no pixel for some. */
+static bool is_empty(conv_direction direction, const conv_geometry *g, winograd_phase phase) {
   bool empty = false;
   for (int d = 0; d < 2; d++)
-    empty = empty || (phase != WHOLE && g->size[d] <= first_pixel(g, phase, d));
+    empty = empty || (phase != WHOLE && direction == CONV_BACKWARD_DATA && g->size[d] <= first_pixel(g, phase, d));
   return empty;
 }
 
 /* Enough with a kept kernel and without. */
 size_t KERNEL(winograd_forward_scratch)(conv_direction direction, const conv_geometry *g, int threads) {
   size_t most = 0;
-  for (winograd_phase phase = first_phase(g); phase <= last_phase(g); phase++) {
-    if (is_empty(g, phase))
+  for (winograd_phase phase = first_phase(g); phase <= last_phase(direction, g); phase++) {
+    if (is_empty(direction, g, phase))
       continue;
     forward_plan p = make_plan(direction, g, phase, threads, false);
     int64_t vs = p.by_channels ? p.blocks : threads, ms = threads * (p.by_rows ? p.blocks : 1);
     size_t bytes = (size_t)(u_room(&p, threads) + vs * v_size(&p) + ms * m_size(&p)) * sizeof(float) +
-                   (size_t)(vs * p.block_bytes);
+                   (size_t)(vs * blocks_size(&p));
     most = bytes > most ? bytes : most;
   }
   return most;
@@ -162,53 +202,92 @@ static void multiply(const forward_plan *p, const winograd_block *block, int fir
   int64_t depth = p->x.channels;
   for (int e = first; e < last; e++) {
     int low, high;
-    winograd_rows(block, e / row_elements(p), e % row_elements(p), &low, &high);
+    winograd_rows(block, e / row_elements(block->phase), e % row_elements(block->phase), &low, &high);
     for (int64_t k = 0; k < panels && high > low; k++)
       KERNEL(winograd_product)
-    (false, high - low, depth, v + e * p->v_matrix + low * p->v_row, p->v_row,
+    (false, high - low, depth, v + e * v_matrix(p, block->phase) + low * p->v_row, p->v_row,
      u + (e - first) * u_matrix + k * PANEL * depth, p->out - (panel + k) * PANEL,
-     m + e * p->m_matrix + low * p->m_row + k * PANEL, p->m_row, false);
+     m + e * m_matrix(p, block->phase) + low * p->m_row + k * PANEL, p->m_row, false);
   }
 }
 
-/* The outputs of block k, of panels first ... last-1. */
-static void give(const forward_plan *p, const winograd_block *block, int64_t k, int64_t first, int64_t last,
+/* The descriptions of block k, one for each phase. */
+static winograd_block *block_at(const forward_plan *p, char *blocks, int64_t k, winograd_phase phase) {
+  return (winograd_block *)(blocks + k * blocks_size(p) + (phase - p->first_phase) * p->block_bytes);
+}
+
+/* The outputs of block k, of panels first ... last-1, from its sums, which begin with panel first. */
+static void give(const forward_plan *p, char *blocks, int64_t at, int64_t k, int64_t first, int64_t last,
                  const float *m) {
   int64_t channel = first * PANEL, columns = smaller(p->out, last * PANEL) - channel;
+  winograd_part parts[PHASES];
   winograd_result y = p->y;
   int64_t of_chunk = divide_up(p->blocks, p->chunks);
   y.begins = k % of_chunk == 0;
+  for (winograd_phase phase = p->first_phase; phase <= p->last_phase; phase++)
+    parts[phase - p->first_phase] =
+        (winograd_part){block_at(p, blocks, at, phase), m + m_begin(p, phase), m_matrix(p, phase)};
   if (y.moments) {
     y.moments += k / of_chunk * 4 * y.moments_step;
-    count_pixels(block, y.begins, columns, y.moments + channel);
+    count_pixels(parts[0].block, y.begins, columns, y.moments + channel);
   }
-  KERNEL(winograd_give)(&y, block, channel, columns, m, p->m_row, p->m_matrix);
+  KERNEL(winograd_give)(&y, parts, p->last_phase > p->first_phase, channel, columns, p->m_row);
 }
 
-static void finish_block(const forward_plan *p, const winograd_block *block, int64_t k, int64_t first, int64_t last,
+/* `at`: where the block's descriptions are. */
+static void finish_block(const forward_plan *p, char *blocks, int64_t at, int64_t k, int64_t first, int64_t last,
                          const float *v, float *m) {
-  multiply(p, block, 0, winograd_matrices(p->phase), first, last - first, p->u + first * PANEL * p->x.channels,
-           p->u_matrix, v, m);
-  give(p, block, k, first, last, m);
-}
-
-static const winograd_block *block_at(const forward_plan *p, const char *blocks, int64_t k) {
-  return (const winograd_block *)(blocks + k * p->block_bytes);
+  for (int64_t panel = first, next; panel < last; panel = next) {
+    next = smaller(panel + p->together, last);
+    for (winograd_phase phase = p->first_phase; phase <= p->last_phase; phase++)
+      multiply(p, block_at(p, blocks, at, phase), 0, winograd_matrices(phase), panel, next - panel,
+               p->u + u_begin(p, phase) + panel * PANEL * p->x.channels, p->u_matrix, v + v_begin(p, phase),
+               m + m_begin(p, phase));
+    give(p, blocks, at, k, panel, next, m);
+  }
 }
 
 /* All blocks' outputs of panels first ... last-1, the kernel made by rows; m by blocks. */
-static void finish_by_rows(const forward_plan *p, const char *blocks, int64_t first, int64_t last, float *u,
-                           const float *vs, float *m) {
-  int width = row_elements(p);
-  for (int row = 0; row < winograd_matrices(p->phase) / width; row++)
+static void finish_by_rows(const forward_plan *p, char *blocks, int64_t first, int64_t last, float *u, const float *vs,
+                           float *m) {
+  winograd_phase phase = p->first_phase;
+  int width = row_elements(phase);
+  for (int row = 0; row < winograd_matrices(phase) / width; row++)
     for (int64_t panel = first; panel < last; panel++) {
-      KERNEL(winograd_take_kernel_row)(p->phase, p->w, p->w_out, p->w_in, p->turned, panel, row, u, row_matrix(p));
+      KERNEL(winograd_take_kernel_row)(phase, p->w, p->w_out, p->w_in, p->turned, panel, row, u, row_matrix(p));
       for (int64_t k = 0; k < p->blocks; k++)
-        multiply(p, block_at(p, blocks, k), row * width, (row + 1) * width, panel, 1, u, row_matrix(p),
+        multiply(p, block_at(p, blocks, k, phase), row * width, (row + 1) * width, panel, 1, u, row_matrix(p),
                  vs + k * v_size(p), m + k * m_size(p) + (panel - first) * PANEL);
     }
   for (int64_t k = 0; k < p->blocks && last > first; k++)
-    give(p, block_at(p, blocks, k), k, first, last, m + k * m_size(p));
+    give(p, blocks, k, k, first, last, m + k * m_size(p));
+}
+
+static void take_kernel(const forward_plan *p, int64_t panel) {
+  bool streams = STREAMS && u_size(p) * (int64_t)sizeof(float) >= LARGE_KERNEL;
+  for (winograd_phase phase = p->first_phase; phase <= p->last_phase; phase++)
+    KERNEL(winograd_take_kernel)
+  (phase, p->w, p->w_out, p->w_in, p->turned, panel, p->u + u_begin(p, phase) + panel * PANEL * p->x.channels,
+   p->u_matrix, streams);
+}
+
+/* A share of a block's tiles, whose descriptions were cut before. */
+static void take_tiles(const forward_plan *p, char *blocks, int64_t at, int part, int parts, float *v) {
+  bool sums = p->last_phase > p->first_phase;
+  for (winograd_phase phase = p->first_phase; phase <= p->last_phase; phase++) {
+    const winograd_block *block = block_at(p, blocks, at, phase);
+    winograd_map x = p->x;
+    for (int d = 0; d < 2; d++)
+      x.padding[d] -= sums && winograd_taps_of(phase, d) == MIDDLE_TAP;
+    KERNEL(winograd_take)
+    (&x, block, block->count * part / parts, block->count * (part + 1) / parts, v + v_begin(p, phase), p->v_row,
+     v_matrix(p, phase));
+  }
+}
+
+static void cut(const forward_plan *p, char *blocks, int64_t at, int64_t k) {
+  for (winograd_phase phase = p->first_phase; phase <= p->last_phase; phase++)
+    KERNEL(winograd_cut)(&p->tiling, phase, p->tiles, k, block_at(p, blocks, at, phase));
 }
 
 static void run_group(const forward_plan *p, int threads, float *scratch) {
@@ -219,35 +298,29 @@ static void run_group(const forward_plan *p, int threads, float *scratch) {
   {
     int me = omp_get_thread_num(), all = omp_get_num_threads();
     float *m = ms + me * own_ms * m_size(p);
-    bool streams = STREAMS && u_size(p) * (int64_t)sizeof(float) >= LARGE_KERNEL;
 #pragma omp for schedule(static)
     for (int64_t panel = 0; panel < (p->by_rows || p->is_transformed ? 0 : p->panels); panel++)
-      KERNEL(winograd_take_kernel)
-    (p->phase, p->w, p->w_out, p->w_in, p->turned, panel, p->u + panel * PANEL * p->x.channels, p->u_matrix, streams);
+      take_kernel(p, panel);
     if (p->by_channels) {
       for (int64_t k = 0; k < p->blocks; k++) {
-        winograd_block *block = (winograd_block *)(blocks + k * p->block_bytes);
 #pragma omp single
-        KERNEL(winograd_cut)(&p->tiling, p->phase, p->tiles, k, block);
-        KERNEL(winograd_take)
-        (&p->x, block, block->count * me / all, block->count * (me + 1) / all, vs + k * v_size(p), p->v_row,
-         p->v_matrix);
+        cut(p, blocks, k, k);
+        take_tiles(p, blocks, k, me, all, vs + k * v_size(p));
       }
 #pragma omp barrier
       int64_t first = p->panels * me / all, last = p->panels * (me + 1) / all;
       if (p->by_rows)
         finish_by_rows(p, blocks, first, last, p->u + me * row_size(p), vs, m);
-      for (int64_t k = 0; k < (p->by_rows ? 0 : p->blocks) && last > first; k++)
-        finish_block(p, block_at(p, blocks, k), k, first, last, vs + k * v_size(p), m);
+      for (int64_t k = 0; k < (p->by_rows ? 0 : p->blocks); k++)
+        finish_block(p, blocks, k, k, first, last, vs + k * v_size(p), m);
     } else {
-      winograd_block *block = (winograd_block *)(blocks + me * p->block_bytes);
       float *v = vs + me * v_size(p);
       int64_t of_chunk = divide_up(p->blocks, p->chunks);
       for (int64_t k = p->chunks * me / all * of_chunk; k < smaller(p->blocks, p->chunks * (me + 1) / all * of_chunk);
            k++) {
-        KERNEL(winograd_cut)(&p->tiling, p->phase, p->tiles, k, block);
-        KERNEL(winograd_take)(&p->x, block, 0, block->count, v, p->v_row, p->v_matrix);
-        finish_block(p, block, k, 0, p->panels, v, m);
+        cut(p, blocks, me, k);
+        take_tiles(p, blocks, me, 0, 1, v);
+        finish_block(p, blocks, me, k, 0, p->panels, v, m);
       }
     }
     stream_end();
@@ -285,7 +358,7 @@ static void run_phase(conv_direction direction, const winograd_operands *o, wino
 }
 
 void KERNEL(winograd_forward)(conv_direction direction, const winograd_operands *o, int threads, void *scratch) {
-  for (winograd_phase phase = first_phase(o->g); phase <= last_phase(o->g); phase++)
-    if (!is_empty(o->g, phase))
+  for (winograd_phase phase = first_phase(o->g); phase <= last_phase(direction, o->g); phase++)
+    if (!is_empty(direction, o->g, phase))
       run_phase(direction, o, phase, threads, scratch);
 }

@@ -128,6 +128,10 @@ TAKE_ROWS(take_turned)
   TAKE(phase##_3, take_turned, phase, 3)                                                                               \
   TAKE(phase##_4, take_turned, phase, 4)                                                                               \
   TAKE(phase##_all, take_turned, phase, ALL_ROWS)
+TAKE(columns_OUTER_OUTER, take_columns, OUTER_OUTER, ALL_ROWS)
+TAKE(columns_OUTER_MIDDLE, take_columns, OUTER_MIDDLE, ALL_ROWS)
+TAKE(columns_MIDDLE_OUTER, take_columns, MIDDLE_OUTER, ALL_ROWS)
+TAKE(columns_MIDDLE_MIDDLE, take_columns, MIDDLE_MIDDLE, ALL_ROWS)
 TAKE_OUTER(OUTER_OUTER)
 TAKE_OUTER(OUTER_MIDDLE)
 TAKE(MIDDLE_OUTER_0, take_turned, MIDDLE_OUTER, 0)
@@ -140,6 +144,14 @@ static take *form_of(winograd_phase phase, bool turned, int row) {
                                       OUTER_OUTER_4, NULL,          OUTER_OUTER_all};
   static take *const outer_middle[] = {OUTER_MIDDLE_0, OUTER_MIDDLE_1, OUTER_MIDDLE_2,  OUTER_MIDDLE_3,
                                        OUTER_MIDDLE_4, NULL,           OUTER_MIDDLE_all};
+  static take *const columns[PHASES] = {
+      [OUTER_OUTER] = columns_OUTER_OUTER,
+      [OUTER_MIDDLE] = columns_OUTER_MIDDLE,
+      [MIDDLE_OUTER] = columns_MIDDLE_OUTER,
+      [MIDDLE_MIDDLE] = columns_MIDDLE_MIDDLE,
+  };
+  if (phase != WHOLE && !turned)
+    return columns[phase];
   switch (phase) {
   case OUTER_OUTER:
     return outer_outer[row];

@@ -309,35 +309,60 @@ static ALWAYS_INLINE transform *out_of(const winograd_taps taps) {
   return taps == ALL_TAPS ? winograd_out : taps == OUTER_TAPS ? outer_out : middle_same;
 }
 
-static ALWAYS_INLINE void give_tile(const bool short_y, const bool short_x, const winograd_phase phase,
-                                    const winograd_result *y, const winograd_tile *t, bool begins, int64_t first,
-                                    int64_t channels, const float *m, int64_t row_step, int64_t matrix_step,
-                                    const bool plain) {
+/* o (4x4) of LANES channels. */
+static ALWAYS_INLINE void outputs_of(const bool short_y, const bool short_x, const winograd_phase phase, const float *m,
+                                     int64_t row_step, int64_t matrix_step, float_lanes *o) {
   const winograd_taps of_y = winograd_taps_of(phase, 0), of_x = winograd_taps_of(phase, 1);
-  const int rows = 4 - short_y, columns = 4 - short_x;
   const int height = winograd_inputs(of_y), width = winograd_inputs(of_x);
-  const int64_t line_of_matrices = winograd_elements(of_x) * matrix_step;
-  const int64_t line_of_rows = winograd_positions(of_x, short_x) * row_step;
-  int64_t line = y->line, offset = t->image * y->image + t->y * y->line + t->x * y->step + first;
-  bool whole = t->rows == rows && t->columns == columns;
-  for (int64_t c = 0; c < channels; c += LANES) {
-    float_lanes e[ELEMENTS], done[4 * SIDE], o[16];
-    int64_t count = lanes_left(channels, c);
+  const int64_t matrices = winograd_elements(of_x) * matrix_step, rows = winograd_positions(of_x, short_x) * row_step;
+  float_lanes e[ELEMENTS], done[4 * SIDE];
 #pragma GCC unroll 6
-    for (int p = 0; p < height; p++)
-#pragma GCC unroll 6
-      for (int q = 0; q < width; q++)
-        if (!lacks(of_y, short_y, p) && !lacks(of_x, short_x, q))
-          e[p * width + q] = load_lanes(
-              m, place_of(of_y, p, line_of_matrices, line_of_rows) + place_of(of_x, q, matrix_step, row_step) + c,
-              false);
+  for (int p = 0; p < height; p++)
 #pragma GCC unroll 6
     for (int q = 0; q < width; q++)
-      if (!lacks(of_x, short_x, q))
-        out_of(of_y)(short_y, e + q, width, done + q, width);
+      if (!lacks(of_y, short_y, p) && !lacks(of_x, short_x, q)) {
+        int64_t at = place_of(of_y, p, matrices, rows) + place_of(of_x, q, matrix_step, row_step);
+        e[p * width + q] = load_lanes(m, at, false);
+      }
+#pragma GCC unroll 6
+  for (int q = 0; q < width; q++)
+    if (!lacks(of_x, short_x, q))
+      out_of(of_y)(short_y, e + q, width, done + q, width);
 #pragma GCC unroll 4
-    for (int r = 0; r < rows; r++)
-      out_of(of_x)(short_x, done + r * width, 1, o + r * 4, 1);
+  for (int r = 0; r < 4 - short_y; r++)
+    out_of(of_x)(short_x, done + r * width, 1, o + r * 4, 1);
+}
+
+/* A tile's number in its block. */
+static ALWAYS_INLINE void add_outputs(const bool short_y, const bool short_x, const winograd_phase phase,
+                                      const winograd_part *part, int tile, int64_t row_step, int64_t c,
+                                      float_lanes *o) {
+  float_lanes more[16];
+  outputs_of(short_y, short_x, phase, part->m + part->block->tiles[tile].row * row_step + c, row_step,
+             part->matrix_step, more);
+#pragma GCC unroll 4
+  for (int r = 0; r < 4 - short_y; r++)
+#pragma GCC unroll 4
+    for (int s = 0; s < 4 - short_x; s++)
+      o[r * 4 + s] += more[r * 4 + s];
+}
+
+static ALWAYS_INLINE void give_tile(const bool short_y, const bool short_x, const winograd_phase phase,
+                                    const winograd_result *y, const winograd_part *parts, int tile, const bool sums,
+                                    int64_t first, int64_t channels, int64_t row_step, const bool plain) {
+  const winograd_tile *t = &parts->block->tiles[tile];
+  const int rows = 4 - short_y, columns = 4 - short_x;
+  bool whole = t->rows == rows && t->columns == columns, begins = y->begins && tile == 0;
+  int64_t line = y->line, offset = t->image * y->image + t->y * y->line + t->x * y->step + first;
+  for (int64_t c = 0; c < channels; c += LANES) {
+    float_lanes o[16];
+    int64_t count = lanes_left(channels, c);
+    outputs_of(short_y, short_x, phase, parts->m + t->row * row_step + c, row_step, parts->matrix_step, o);
+    if (sums) {
+      add_outputs(short_y, short_x, OUTER_MIDDLE, parts + 1, tile, row_step, c, o);
+      add_outputs(short_y, short_x, MIDDLE_OUTER, parts + 2, tile, row_step, c, o);
+      add_outputs(short_y, short_x, MIDDLE_MIDDLE, parts + 3, tile, row_step, c, o);
+    }
     float_lanes bias = !plain && y->bias ? load_first_lanes(y->bias + first + c, count) : (float_lanes){0};
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
@@ -366,21 +391,22 @@ static ALWAYS_INLINE void give_tile(const bool short_y, const bool short_x, cons
   }
 }
 
-#define GIVE(name, phase, plain)                                                                                       \
-  static __attribute__((noinline)) void name(const winograd_result *y, const winograd_tile *t, bool begins,            \
-                                             int64_t first, int64_t channels, const float *m, int64_t row_step,        \
-                                             int64_t matrix_step) {                                                    \
-    OF_KIND(t, give_tile, phase, y, t, begins, first, channels, m, row_step, matrix_step, plain)                       \
+#define GIVE(name, phase, sums, plain)                                                                                 \
+  static __attribute__((noinline)) void name(const winograd_result *y, const winograd_part *parts, int tile,           \
+                                             int64_t first, int64_t channels, int64_t row_step) {                      \
+    OF_KIND(&parts->block->tiles[tile], give_tile, phase, y, parts, tile, sums, first, channels, row_step, plain)      \
   }
-GIVE(give_changed, WHOLE, false)
-GIVE(give_plain_WHOLE, WHOLE, true)
-GIVE(give_plain_OUTER_OUTER, OUTER_OUTER, true)
-GIVE(give_plain_OUTER_MIDDLE, OUTER_MIDDLE, true)
-GIVE(give_plain_MIDDLE_OUTER, MIDDLE_OUTER, true)
-GIVE(give_plain_MIDDLE_MIDDLE, MIDDLE_MIDDLE, true)
+GIVE(give_changed, WHOLE, false, false)
+GIVE(give_changed_sum, OUTER_OUTER, true, false)
+GIVE(give_plain_sum, OUTER_OUTER, true, true)
+GIVE(give_plain_WHOLE, WHOLE, false, true)
+GIVE(give_plain_OUTER_OUTER, OUTER_OUTER, false, true)
+GIVE(give_plain_OUTER_MIDDLE, OUTER_MIDDLE, false, true)
+GIVE(give_plain_MIDDLE_OUTER, MIDDLE_OUTER, false, true)
+GIVE(give_plain_MIDDLE_MIDDLE, MIDDLE_MIDDLE, false, true)
 
-void KERNEL(winograd_give)(const winograd_result *y, const winograd_block *block, int64_t first, int64_t count,
-                           const float *m, int64_t row_step, int64_t matrix_step) {
+void KERNEL(winograd_give)(const winograd_result *y, const winograd_part *parts, bool sums, int64_t first,
+                           int64_t count, int64_t row_step) {
   static __typeof__(give_changed) *const plain[PHASES] = {
       [WHOLE] = give_plain_WHOLE,
       [OUTER_OUTER] = give_plain_OUTER_OUTER,
@@ -388,8 +414,10 @@ void KERNEL(winograd_give)(const winograd_result *y, const winograd_block *block
       [MIDDLE_OUTER] = give_plain_MIDDLE_OUTER,
       [MIDDLE_MIDDLE] = give_plain_MIDDLE_MIDDLE,
   };
-  __typeof__(give_changed) *form = y->bias || y->residual || y->relu ? give_changed : plain[block->phase];
-  for (int k = 0; k < block->count; k++)
-    form(y, &block->tiles[k], y->begins && k == 0, first, count, m + block->tiles[k].row * row_step, row_step,
-         matrix_step);
+  bool changes = y->bias || y->residual || y->relu;
+  __typeof__(give_changed) *form = changes ? (sums ? give_changed_sum : give_changed)
+                                   : sums  ? give_plain_sum
+                                           : plain[parts->block->phase];
+  for (int k = 0; k < parts->block->count; k++)
+    form(y, parts, k, first, count, row_step);
 }
