@@ -2,7 +2,7 @@
  * is cut into tiles, the transforms of tiles and kernels, and the matrix products between them.
  *
  * Every transformed thing is 36 matrices, one for each element e = 6*p + q of a tile, a fixed distance apart: of tiles
- * [tile][channel], of kernels panels of PANEL columns [panel][row][column]. */
+ * [tile][channel], of kernels panels of PANEL columns [panel][row][column]. With stride 2 they are fewer. */
 #ifndef OREPA_CORE_CPU_KERNELS_WINOGRAD_H
 #define OREPA_CORE_CPU_KERNELS_WINOGRAD_H
 

@@ -1,4 +1,5 @@
 /* winograd_forward.c: Winograd's convolution forward, and its data gradient, which is the same with the kernel turned.
+ * With stride 2 four convolutions are added up, or turned each make every second pixel of an axis.
  *
  * A block of tiles is transformed, multiplied and transformed back before the next one, so that what stands between
  * stays in the second cache. Threads share out blocks; or, where these are few, output channels. Then a kernel that is
@@ -37,31 +38,24 @@ typedef struct {
   bool by_channels, by_rows;      /* the latter only with the former */
 } forward_plan;
 
-static int64_t v_matrix(const forward_plan *p, winograd_phase phase) {
-  return winograd_most_rows(phase, p->tiles) * p->v_row + GAP;
+/* v and m of a phase, whose rows have `row` floats: from matrix to matrix; and where the first one begins, behind those
+ * of the phases before. */
+static int64_t matrix_step(const forward_plan *p, winograd_phase phase, int64_t row) {
+  return winograd_most_rows(phase, p->tiles) * row + GAP;
 }
-static int64_t m_matrix(const forward_plan *p, winograd_phase phase) {
-  return winograd_most_rows(phase, p->tiles) * p->m_row + GAP;
+static int64_t begin(const forward_plan *p, winograd_phase phase, int64_t row) {
+  int64_t before = 0;
+  for (winograd_phase k = p->first_phase; k < phase; k++)
+    before += winograd_matrices(k) * matrix_step(p, k, row);
+  return before;
 }
 
-/* Where a phase's matrices begin, behind those of the phases before it. */
+/* The same of u, whose matrices are all alike. */
 static int64_t u_begin(const forward_plan *p, winograd_phase phase) {
-  int64_t begin = 0;
+  int64_t before = 0;
   for (winograd_phase k = p->first_phase; k < phase; k++)
-    begin += winograd_matrices(k) * p->u_matrix;
-  return begin;
-}
-static int64_t v_begin(const forward_plan *p, winograd_phase phase) {
-  int64_t begin = 0;
-  for (winograd_phase k = p->first_phase; k < phase; k++)
-    begin += winograd_matrices(k) * v_matrix(p, k);
-  return begin;
-}
-static int64_t m_begin(const forward_plan *p, winograd_phase phase) {
-  int64_t begin = 0;
-  for (winograd_phase k = p->first_phase; k < phase; k++)
-    begin += winograd_matrices(k) * m_matrix(p, k);
-  return begin;
+    before += winograd_matrices(k) * p->u_matrix;
+  return before;
 }
 
 /* Floats of the pieces of scratch: the kernel, whole, or a row of a panel's for each thread; maps by blocks, or one for
@@ -82,13 +76,18 @@ static int64_t u_room(const forward_plan *p, int threads) {
   return p->by_rows ? threads * row_size(p) : u_size(p);
 }
 static int64_t v_size(const forward_plan *p) {
-  return whole_lines(v_begin(p, p->last_phase + 1));
+  return whole_lines(begin(p, p->last_phase + 1, p->v_row));
 }
 static int64_t m_size(const forward_plan *p) {
-  return whole_lines(m_begin(p, p->last_phase + 1));
+  return whole_lines(begin(p, p->last_phase + 1, p->m_row));
 }
-static int64_t blocks_size(const forward_plan *p) {
+
+/* Bytes of a block's descriptions, one for each phase; and where they are. */
+static int64_t description(const forward_plan *p) {
   return (p->last_phase - p->first_phase + 1) * p->block_bytes;
+}
+static winograd_block *of_phase(const forward_plan *p, char *block, winograd_phase phase) {
+  return (winograd_block *)(block + (phase - p->first_phase) * p->block_bytes);
 }
 
 /* A phase of the data gradient with stride 2 makes every second pixel of an axis, from this one on. */
@@ -149,8 +148,7 @@ static forward_plan make_plan(conv_direction direction, const conv_geometry *g, 
   return p;
 }
 
-/* The phases that are made one after the other: with stride 2, of the data gradient; forward they are summed at once.
- */
+/* The phases that are made one after the other: those of the data gradient with stride 2; forward they are summed. */
 static winograd_phase first_phase(const conv_geometry *g) {
   return g->stride[0] == 2 ? OUTER_OUTER : WHOLE;
 }
@@ -159,8 +157,8 @@ static winograd_phase last_phase(conv_direction direction, const conv_geometry *
 }
 
 size_t KERNEL(winograd_packed)(const conv_geometry *g) {
-  forward_plan p =
-      make_plan(CONV_FORWARD, g, first_phase(g), 1, true); /* the kernel is the same for any number of threads */
+  /* the kernel is the same for any number of threads */
+  forward_plan p = make_plan(CONV_FORWARD, g, first_phase(g), 1, true);
   return (size_t)(g->groups * u_size(&p)) * sizeof(float);
 }
 
@@ -181,7 +179,7 @@ size_t KERNEL(winograd_forward_scratch)(conv_direction direction, const conv_geo
     forward_plan p = make_plan(direction, g, phase, threads, false);
     int64_t vs = p.by_channels ? p.blocks : threads, ms = threads * (p.by_rows ? p.blocks : 1);
     size_t bytes = (size_t)(u_room(&p, threads) + vs * v_size(&p) + ms * m_size(&p)) * sizeof(float) +
-                   (size_t)(vs * blocks_size(&p));
+                   (size_t)(vs * description(&p));
     most = bytes > most ? bytes : most;
   }
   return most;
@@ -205,20 +203,14 @@ static void multiply(const forward_plan *p, const winograd_block *block, int fir
     winograd_rows(block, e / row_elements(block->phase), e % row_elements(block->phase), &low, &high);
     for (int64_t k = 0; k < panels && high > low; k++)
       KERNEL(winograd_product)
-    (false, high - low, depth, v + e * v_matrix(p, block->phase) + low * p->v_row, p->v_row,
+    (false, high - low, depth, v + e * matrix_step(p, block->phase, p->v_row) + low * p->v_row, p->v_row,
      u + (e - first) * u_matrix + k * PANEL * depth, p->out - (panel + k) * PANEL,
-     m + e * m_matrix(p, block->phase) + low * p->m_row + k * PANEL, p->m_row, false);
+     m + e * matrix_step(p, block->phase, p->m_row) + low * p->m_row + k * PANEL, p->m_row, false);
   }
 }
 
-/* The descriptions of block k, one for each phase. */
-static winograd_block *block_at(const forward_plan *p, char *blocks, int64_t k, winograd_phase phase) {
-  return (winograd_block *)(blocks + k * blocks_size(p) + (phase - p->first_phase) * p->block_bytes);
-}
-
 /* The outputs of block k, of panels first ... last-1, from its sums, which begin with panel first. */
-static void give(const forward_plan *p, char *blocks, int64_t at, int64_t k, int64_t first, int64_t last,
-                 const float *m) {
+static void give(const forward_plan *p, char *block, int64_t k, int64_t first, int64_t last, const float *m) {
   int64_t channel = first * PANEL, columns = smaller(p->out, last * PANEL) - channel;
   winograd_part parts[PHASES];
   winograd_result y = p->y;
@@ -226,7 +218,7 @@ static void give(const forward_plan *p, char *blocks, int64_t at, int64_t k, int
   y.begins = k % of_chunk == 0;
   for (winograd_phase phase = p->first_phase; phase <= p->last_phase; phase++)
     parts[phase - p->first_phase] =
-        (winograd_part){block_at(p, blocks, at, phase), m + m_begin(p, phase), m_matrix(p, phase)};
+        (winograd_part){of_phase(p, block, phase), m + begin(p, phase, p->m_row), matrix_step(p, phase, p->m_row)};
   if (y.moments) {
     y.moments += k / of_chunk * 4 * y.moments_step;
     count_pixels(parts[0].block, y.begins, columns, y.moments + channel);
@@ -234,16 +226,15 @@ static void give(const forward_plan *p, char *blocks, int64_t at, int64_t k, int
   KERNEL(winograd_give)(&y, parts, p->last_phase > p->first_phase, channel, columns, p->m_row);
 }
 
-/* `at`: where the block's descriptions are. */
-static void finish_block(const forward_plan *p, char *blocks, int64_t at, int64_t k, int64_t first, int64_t last,
-                         const float *v, float *m) {
+static void finish_block(const forward_plan *p, char *block, int64_t k, int64_t first, int64_t last, const float *v,
+                         float *m) {
   for (int64_t panel = first, next; panel < last; panel = next) {
     next = smaller(panel + p->together, last);
     for (winograd_phase phase = p->first_phase; phase <= p->last_phase; phase++)
-      multiply(p, block_at(p, blocks, at, phase), 0, winograd_matrices(phase), panel, next - panel,
-               p->u + u_begin(p, phase) + panel * PANEL * p->x.channels, p->u_matrix, v + v_begin(p, phase),
-               m + m_begin(p, phase));
-    give(p, blocks, at, k, panel, next, m);
+      multiply(p, of_phase(p, block, phase), 0, winograd_matrices(phase), panel, next - panel,
+               p->u + u_begin(p, phase) + panel * PANEL * p->x.channels, p->u_matrix, v + begin(p, phase, p->v_row),
+               m + begin(p, phase, p->m_row));
+    give(p, block, k, panel, next, m);
   }
 }
 
@@ -256,11 +247,11 @@ static void finish_by_rows(const forward_plan *p, char *blocks, int64_t first, i
     for (int64_t panel = first; panel < last; panel++) {
       KERNEL(winograd_take_kernel_row)(phase, p->w, p->w_out, p->w_in, p->turned, panel, row, u, row_matrix(p));
       for (int64_t k = 0; k < p->blocks; k++)
-        multiply(p, block_at(p, blocks, k, phase), row * width, (row + 1) * width, panel, 1, u, row_matrix(p),
-                 vs + k * v_size(p), m + k * m_size(p) + (panel - first) * PANEL);
+        multiply(p, of_phase(p, blocks + k * description(p), phase), row * width, (row + 1) * width, panel, 1, u,
+                 row_matrix(p), vs + k * v_size(p), m + k * m_size(p) + (panel - first) * PANEL);
     }
   for (int64_t k = 0; k < p->blocks && last > first; k++)
-    give(p, blocks, k, k, first, last, m + k * m_size(p));
+    give(p, blocks + k * description(p), k, first, last, m + k * m_size(p));
 }
 
 static void take_kernel(const forward_plan *p, int64_t panel) {
@@ -272,22 +263,22 @@ static void take_kernel(const forward_plan *p, int64_t panel) {
 }
 
 /* A share of a block's tiles, whose descriptions were cut before. */
-static void take_tiles(const forward_plan *p, char *blocks, int64_t at, int part, int parts, float *v) {
+static void take_tiles(const forward_plan *p, char *description, int part, int parts, float *v) {
   bool sums = p->last_phase > p->first_phase;
   for (winograd_phase phase = p->first_phase; phase <= p->last_phase; phase++) {
-    const winograd_block *block = block_at(p, blocks, at, phase);
+    const winograd_block *block = of_phase(p, description, phase);
     winograd_map x = p->x;
     for (int d = 0; d < 2; d++)
       x.padding[d] -= sums && winograd_taps_of(phase, d) == MIDDLE_TAP;
     KERNEL(winograd_take)
-    (&x, block, block->count * part / parts, block->count * (part + 1) / parts, v + v_begin(p, phase), p->v_row,
-     v_matrix(p, phase));
+    (&x, block, block->count * part / parts, block->count * (part + 1) / parts, v + begin(p, phase, p->v_row), p->v_row,
+     matrix_step(p, phase, p->v_row));
   }
 }
 
-static void cut(const forward_plan *p, char *blocks, int64_t at, int64_t k) {
+static void cut(const forward_plan *p, char *block, int64_t k) {
   for (winograd_phase phase = p->first_phase; phase <= p->last_phase; phase++)
-    KERNEL(winograd_cut)(&p->tiling, phase, p->tiles, k, block_at(p, blocks, at, phase));
+    KERNEL(winograd_cut)(&p->tiling, phase, p->tiles, k, of_phase(p, block, phase));
 }
 
 static void run_group(const forward_plan *p, int threads, float *scratch) {
@@ -303,24 +294,26 @@ static void run_group(const forward_plan *p, int threads, float *scratch) {
       take_kernel(p, panel);
     if (p->by_channels) {
       for (int64_t k = 0; k < p->blocks; k++) {
+        char *block = blocks + k * description(p);
 #pragma omp single
-        cut(p, blocks, k, k);
-        take_tiles(p, blocks, k, me, all, vs + k * v_size(p));
+        cut(p, block, k);
+        take_tiles(p, block, me, all, vs + k * v_size(p));
       }
 #pragma omp barrier
       int64_t first = p->panels * me / all, last = p->panels * (me + 1) / all;
       if (p->by_rows)
         finish_by_rows(p, blocks, first, last, p->u + me * row_size(p), vs, m);
       for (int64_t k = 0; k < (p->by_rows ? 0 : p->blocks); k++)
-        finish_block(p, blocks, k, k, first, last, vs + k * v_size(p), m);
+        finish_block(p, blocks + k * description(p), k, first, last, vs + k * v_size(p), m);
     } else {
+      char *block = blocks + me * description(p);
       float *v = vs + me * v_size(p);
       int64_t of_chunk = divide_up(p->blocks, p->chunks);
       for (int64_t k = p->chunks * me / all * of_chunk; k < smaller(p->blocks, p->chunks * (me + 1) / all * of_chunk);
            k++) {
-        cut(p, blocks, me, k);
-        take_tiles(p, blocks, me, 0, 1, v);
-        finish_block(p, blocks, me, k, 0, p->panels, v, m);
+        cut(p, block, k);
+        take_tiles(p, block, 0, 1, v);
+        finish_block(p, block, k, 0, p->panels, v, m);
       }
     }
     stream_end();

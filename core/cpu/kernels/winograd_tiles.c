@@ -333,7 +333,7 @@ static ALWAYS_INLINE void outputs_of(const bool short_y, const bool short_x, con
     out_of(of_x)(short_x, done + r * width, 1, o + r * 4, 1);
 }
 
-/* A tile's number in its block. */
+/* Those of another phase for tile number `tile` of the block. */
 static ALWAYS_INLINE void add_outputs(const bool short_y, const bool short_x, const winograd_phase phase,
                                       const winograd_part *part, int tile, int64_t row_step, int64_t c,
                                       float_lanes *o) {
