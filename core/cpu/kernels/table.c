@@ -10,12 +10,6 @@ void KERNEL(install)(orepa_device *device) {
 #undef KERNEL_INSTALL
 }
 
-#ifdef __FP_FAST_FMAF
-enum { ROUNDS_ONCE = true };
-#else
-enum { ROUNDS_ONCE = false };
-#endif
-
 const winograd_kernels KERNEL(winograd) = {KERNEL(winograd_packed),  KERNEL(winograd_forward_scratch),
                                            KERNEL(winograd_forward), KERNEL(winograd_weight_scratch),
-                                           KERNEL(winograd_weight),  ROUNDS_ONCE};
+                                           KERNEL(winograd_weight),  WINOGRAD_ROUNDS_ONCE};

@@ -12,6 +12,12 @@
 
 enum { SIDE = 6, ELEMENTS = SIDE * SIDE, PANEL = 2 * LANES, GAP = 16 /* between matrices and rows: cache sets */ };
 
+#ifdef __FP_FAST_FMAF
+enum { WINOGRAD_ROUNDS_ONCE = true };
+#else
+enum { WINOGRAD_ROUNDS_ONCE = false };
+#endif
+
 /* ---- tiles ---- */
 
 /* What is convolved along an axis: all taps; or with stride 2 (winograd_strided.h) the outer taps, or the middle one,

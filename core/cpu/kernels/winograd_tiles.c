@@ -198,7 +198,7 @@ static ALWAYS_INLINE void take_tile(const bool short_y, const bool short_x, cons
   }
 #define TAKE_PHASE(phase)                                                                                              \
   TAKE(take_plain_##phase, phase, false)                                                                               \
-  TAKE(take_changed_##phase, phase, true)
+  TAKE(take_changed_##phase, phase, WINOGRAD_ROUNDS_ONCE) /* else nothing is asked for */
 TAKE_PHASE(WHOLE)
 TAKE_PHASE(OUTER_OUTER)
 TAKE_PHASE(OUTER_MIDDLE)
@@ -386,7 +386,7 @@ static ALWAYS_INLINE void give_tile(const bool short_y, const bool short_x, cons
           else
             store_first_lanes(y->data + at, value, count);
         }
-    if (y->moments)
+    if ((sums || phase == WHOLE) && y->moments) /* of gradients none are wanted */
       measure(y, begins, rows, columns, t, o, first + c, count);
   }
 }
@@ -397,8 +397,7 @@ static ALWAYS_INLINE void give_tile(const bool short_y, const bool short_x, cons
     OF_KIND(&parts->block->tiles[tile], give_tile, phase, y, parts, tile, sums, first, channels, row_step, plain)      \
   }
 GIVE(give_changed, WHOLE, false, false)
-GIVE(give_changed_sum, OUTER_OUTER, true, false)
-GIVE(give_plain_sum, OUTER_OUTER, true, true)
+GIVE(give_sum, OUTER_OUTER, true, false)
 GIVE(give_plain_WHOLE, WHOLE, false, true)
 GIVE(give_plain_OUTER_OUTER, OUTER_OUTER, false, true)
 GIVE(give_plain_OUTER_MIDDLE, OUTER_MIDDLE, false, true)
@@ -415,9 +414,7 @@ void KERNEL(winograd_give)(const winograd_result *y, const winograd_part *parts,
       [MIDDLE_MIDDLE] = give_plain_MIDDLE_MIDDLE,
   };
   bool changes = y->bias || y->residual || y->relu;
-  __typeof__(give_changed) *form = changes ? (sums ? give_changed_sum : give_changed)
-                                   : sums  ? give_plain_sum
-                                           : plain[parts->block->phase];
+  __typeof__(give_changed) *form = sums ? give_sum : changes ? give_changed : plain[parts->block->phase];
   for (int k = 0; k < parts->block->count; k++)
     form(y, parts, k, first, count, row_step);
 }
