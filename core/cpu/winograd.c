@@ -48,8 +48,8 @@ static bool is_at_least(const int64_t size[2], int64_t least) {
   return size[0] >= least && size[1] >= least;
 }
 
-/* Measured over 8 to 512 channels, maps of 5 to 112 pixels and batches of 1 to 64: where this holds it is 1.1 to 2
- * times as fast as the direct ways. */
+/* Measured over 8 to 512 channels, maps of 5 to 112 pixels and batches of 1 to 64: where this holds it is mostly 1.1 to
+ * 2 times as fast as the direct ways, and saves the norm's map beside that. */
 static bool strided_suits(conv_direction direction, const conv_geometry *g, int64_t channels, bool kept) {
   bool weight = direction == CONV_BACKWARD_WEIGHT;
   int64_t least = weight ? STRIDED_CHANNELS_FOR_WEIGHT : STRIDED_CHANNELS;
