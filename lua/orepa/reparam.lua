@@ -8,8 +8,8 @@
 --   branches    their names, in order
 --   chains      for each branch {row, slot, vector, kernel, layers}: row of the parameter `vector` in a slot that scales it,
 --               size of its kernel. A layer is {form, input, output, groups, kernel, tree, norm, path, plain, interleave,
---               plus_identity, chains}: the tree of its kernel alone in its own groups, its norm's path, that of its parameter,
---               whether this is the kernel as it is, what stands in between, and the branches of a nest
+--               plus_identity, chains}: offline the tree of its kernel alone in its own groups, its norm's path, that of its
+--               parameter, whether this is the kernel as it is, what stands in between, and the branches of a nest
 --   nests       the tree of each nest, by its path
 --   norms       the paths of all norms behind layers, with their channels
 --   plain       the name of the parameter that is the block's kernel as it is, if there is one
@@ -250,17 +250,17 @@ local function build_layer(plan, l, s)
   local root, path = plan.root, plan.path -- a nest has its own
   local whole_tree, out, kernel, groups, made_of = build_kernel(plan, l, s, where)
   local layer = made_of or {}
-  layer.form, layer.whole, layer.input, layer.output, layer.kernel, layer.groups = l[FORM], whole_tree, s.channels, out, kernel,
-    groups
+  layer.form, layer.input, layer.output, layer.kernel, layer.groups = l[FORM], s.channels, out, kernel, groups
   plan.root, plan.path = root, path
   layer.norm = take_norm(plan, l, s, where)
   if layer.norm then plan.norms[#plan.norms + 1] = { name = layer.norm, channels = layer.output } end
-  local turned = s.correlate and s.position > 1 and (layer.kernel[1] > 1 or layer.kernel[2] > 1)
-  local first = turned and { tree.leaf { kind = "identity", input = s.channels, output = s.channels, groups = s.channels } } or {}
-  first[#first + 1] = layer.whole
-  layer.tree = tree.chain(first, layer.groups, turned)
+  local turned = s.correlate and s.position > 1 and (kernel[1] > 1 or kernel[2] > 1)
   layer.plain = layer.path and not (turned or layer.plus_identity or layer.interleave)
-  return layer
+  if plan.apart then
+    local identity = { kind = "identity", input = s.channels, output = s.channels, groups = s.channels }
+    layer.tree = tree.chain(turned and { tree.leaf(identity), whole_tree } or { whole_tree }, groups, turned)
+  end
+  return layer, whole_tree
 end
 
 local function build_branch(plan, b, s)
@@ -279,10 +279,10 @@ local function build_branch(plan, b, s)
   for k, l in ipairs(layers) do
     if has_parameters[l[FORM]] then number = number + 1 end
     if l.norm ~= false then norm_number = norm_number + 1 end
-    local layer = build_layer(plan, l, { where = s.where, branch = s.branch, position = k, channels = c, out = s.out,
+    local layer, whole_tree = build_layer(plan, l, { where = s.where, branch = s.branch, position = k, channels = c, out = s.out,
       last = k == last, number = with_parameters > 1 and tostring(number) or "", init = s.init, nested = s.nested,
       norm_number = with_norms > 1 and tostring(norm_number) or "", correlate = chain.correlate })
-    c, trees[k], chain.layers[k] = layer.output, layer.whole, layer
+    c, trees[k], chain.layers[k] = layer.output, whole_tree, layer
     for d = 1, 2 do size[d] = size[d] + layer.kernel[d] - 1 end
   end
   need(c == s.out, s.where, "it ends with %d channels, the block has %d", c, s.out)
@@ -354,12 +354,13 @@ local function plain_kernel(plan, o)
 end
 
 function reparam.compile(o, where)
-  local plan = setmetatable({ where = where, groups = o.groups, with_norms = o.norms, parameters = {}, constants = {},
+  local plan = setmetatable({ where = where, groups = o.groups, with_norms = o.norms, apart = o.mode == "offline", parameters = {}, constants = {},
     shown = {}, norms = {}, nests = {}, taken = {}, slots = 0 }, Plan)
   plan.tree, plan.branches, plan.chains = build_sum(plan, o, o.in_channels, o.out_channels, o.kernel_size, "", where, false)
   need(plan.slots > 0 or #plan.norms > 0, where, "it has nothing to train and no constant: identities alone are no block")
   take_others(plan, o)
   plan.plain = plain_kernel(plan, o)
+  plan.taken, plan.path = nil, nil -- a network has many plans
   return plan
 end
 

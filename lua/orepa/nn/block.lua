@@ -200,7 +200,9 @@ end
 function ReparamBlock:set_fused(on)
   tree.set_fast(self.plan.tree, on)
   for _, chain in ipairs(self.plan.chains) do
-    for _, layer in ipairs(chain.layers) do tree.set_fast(layer.tree, on) end
+    for _, layer in ipairs(chain.layers) do
+      if layer.tree then tree.set_fast(layer.tree, on) end
+    end
   end
   return self
 end
