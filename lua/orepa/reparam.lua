@@ -354,8 +354,8 @@ local function plain_kernel(plan, o)
 end
 
 function reparam.compile(o, where)
-  local plan = setmetatable({ where = where, groups = o.groups, with_norms = o.norms, apart = o.mode == "offline", parameters = {}, constants = {},
-    shown = {}, norms = {}, nests = {}, taken = {}, slots = 0 }, Plan)
+  local plan = setmetatable({ where = where, groups = o.groups, with_norms = o.norms, apart = o.mode == "offline",
+    parameters = {}, constants = {}, shown = {}, norms = {}, nests = {}, taken = {}, slots = 0 }, Plan)
   plan.tree, plan.branches, plan.chains = build_sum(plan, o, o.in_channels, o.out_channels, o.kernel_size, "", where, false)
   need(plan.slots > 0 or #plan.norms > 0, where, "it has nothing to train and no constant: identities alone are no block")
   take_others(plan, o)

@@ -94,3 +94,54 @@ describe("a random offline description", function()
     end)
   end
 end)
+
+-- ---- beside other things ----
+
+local nn = orepa.nn
+
+local function network()
+  orepa.manual_seed(4)
+  return descriptions.fill(nn.Sequential(nn.DBB { in_channels = 8, out_channels = 8, kernel_size = 3, act = "relu" },
+    nn.RepVGGBlock { in_channels = 8, out_channels = 8, kernel_size = 3 },
+    nn.OREPAVGG { in_channels = 8, out_channels = 8, kernel_size = 3, stride = 2 })), orepa.randn(3, 8, 9, 10)
+end
+
+describe("offline blocks", function()
+  it("under a checkpoint give the same bits, gradients and statistics", function()
+    local net, x = network()
+    local copy, inputs, results = net:clone(), { x:clone():requires_grad_(), x:clone():requires_grad_() }, {}
+    local dy
+    for k, n in ipairs { net, nn.Sequential(nn.checkpoint(copy[1]), nn.checkpoint(copy[2]), nn.checkpoint(copy[3])) } do
+      results[k] = n(inputs[k])
+      dy = dy or orepa.randn(results[k].shape)
+      results[k]:backward(dy)
+    end
+    same("y", results[2], results[1], 0)
+    same("the gradient of x", inputs[2].grad, inputs[1].grad, 0)
+    local state, parameters = copy:state_dict(), copy:parameters()
+    for name, t in pairs(net:state_dict()) do same(name, state[name], t, 0) end
+    for k, p in ipairs(net:parameters()) do same("a gradient", parameters[k].grad, p.grad, 0) end
+  end)
+
+  it("under autocast keep maps in bfloat16 where that pays", function()
+    local net, x = network()
+    local y = net:clone()(x)
+    local narrow = orepa.autocast("bfloat16", function() return net(x) end)
+    local conv = nn.Conv2d { in_channels = 8, out_channels = 8, kernel_size = 1 }
+    assert.equal(orepa.autocast("bfloat16", function() return conv(x) end).dtype, narrow.dtype)
+    same("y", narrow, y, narrow.dtype == "float32" and 0 or 0.1)
+    narrow:sum():backward()
+    for name, p in net:named_parameters() do assert(p.grad and p.grad.dtype == "float32", name) end
+  end)
+
+  it("that are frozen pad as their statistics say, and keep these", function()
+    local net, x = network()
+    net:eval()
+    local before = {}
+    for name, t in pairs(net:state_dict()) do before[name] = t:clone() end
+    local y = net(x)
+    assert(y.requires_grad)
+    same("y", orepa.no_grad(function() return net(x) end), y, 1e-5)
+    for name, t in pairs(net:state_dict()) do same(name, t, before[name], 0) end
+  end)
+end)

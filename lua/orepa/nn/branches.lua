@@ -73,6 +73,11 @@ local function subsampled(x, geometry)
   return x
 end
 
+-- A number for each channel as a map of 1x1, in the map's type.
+local function across(numbers, map)
+  return numbers:to(map.dtype):reshape(1, -1, 1, 1)
+end
+
 -- A layer on the map; `factor` multiplies its output channels, `bias` is added.
 local function run_layer(layer, x, kernel, factor, bias, geometry)
   local y
@@ -84,8 +89,8 @@ local function run_layer(layer, x, kernel, factor, bias, geometry)
     if factor then kernel = kernel * factor:reshape(-1, 1, 1, 1) end
     return F.conv2d(x, kernel, bias and (factor and bias * factor or bias), geometry)
   end
-  if bias then y = y + bias:reshape(1, -1, 1, 1) end
-  return factor and y * factor:reshape(1, -1, 1, 1) or y
+  if bias then y = y + across(bias, y) end
+  return factor and y * across(factor, y) or y
 end
 
 -- What a layer makes of a map that is v everywhere: a number for each channel.
@@ -121,7 +126,7 @@ local function run_branch(block, chain, x, slots)
     if k == chain.padded and chain.crop then x = core.pad(x, chain.crop) end
     local kernel = kernel_of(block, layer, slots, x, geometry)
     if k == chain.padded and v then
-      local y = x - v:reshape(1, -1, 1, 1)
+      local y = x - across(v, x)
       release(x, given)
       x, constant = y, response(layer, takes_constants(norm) and kernel:detach() or kernel, v)
     end
