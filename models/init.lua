@@ -2,6 +2,7 @@
 
 local orepa = require "orepa.core"
 local document = require "orepa.document"
+local options = require "orepa.options"
 local reparam = require "orepa.reparam"
 local cjson = require "cjson"
 
@@ -14,18 +15,14 @@ function models.register(name, make)
   families[name] = make
 end
 
-local function names()
-  local list = {}
-  for name in pairs(families) do list[#list + 1] = name end
-  table.sort(list)
-  return table.concat(list, " ")
-end
-
-function models.create(name, options)
+function models.create(name, o)
   local make = families[name]
-  if not make then orepa.fail(("models.create: no network is called '%s' (there are %s)"):format(tostring(name), names())) end
+  if not make then
+    orepa.fail(("models.create: no network is called '%s' (there are %s)"):format(tostring(name),
+      table.concat(options.names(families), " ")))
+  end
   local given = {}
-  for key, value in pairs(options or {}) do given[key] = value end
+  for key, value in pairs(o or {}) do given[key] = value end
   local net = make(given)
   rawset(net, "model_name", name)
   rawset(net, "model_options", given)
@@ -68,9 +65,9 @@ local function is_deployed(net)
 end
 
 -- Options as JSON with sorted keys: the same network gives the same file.
-local function encoded(options)
+local function encoded(given)
   local entries = {}
-  for key, value in pairs(options) do entries[#entries + 1] = cjson.encode(key) .. ":" .. cjson.encode(value) end
+  for key, value in pairs(given) do entries[#entries + 1] = cjson.encode(key) .. ":" .. cjson.encode(value) end
   table.sort(entries)
   return "{" .. table.concat(entries, ",") .. "}"
 end
@@ -99,30 +96,29 @@ local function replay(net, changes)
 end
 
 function models.save(net, path, meta)
-  for key, value in pairs(net.model_options or {}) do
+  if not net.model_name then orepa.fail("models.save: this network was not made by models.create; use orepa.save") end
+  local given, changes = {}, encoded_changes(net)
+  for key, value in pairs(net.model_options) do
     if type(value) == "function" then
       orepa.fail(("models.save: option '%s' is a function, which a file can't hold; use orepa.save"):format(key))
     end
+    given[key] = value
   end
-  if not net.model_name then orepa.fail("models.save: this network was not made by models.create; use orepa.save") end
-  local options = {}
-  for key, value in pairs(net.model_options) do options[key] = value end
-  local changes = encoded_changes(net)
-  if not changes then options.deploy = is_deployed(net) or nil end
-  local all = { model = net.model_name, model_options = encoded(options), model_changes = changes }
+  if not changes then given.deploy = is_deployed(net) or nil end
+  local all = { model = net.model_name, model_options = encoded(given), model_changes = changes }
   for key, value in pairs(meta or {}) do all[key] = value end
   local tensors, order = net:state_dict()
   orepa.save(path, tensors, all, order)
 end
 
-function models.load(path, options)
+function models.load(path, o)
   local tensors, meta = orepa.load(path)
   if not (meta.model and meta.model_options) then
     orepa.fail(("models.load: %s does not say which network it holds; make one with models.create and use "
       .. "net:load_state_dict(orepa.load(path))"):format(path))
   end
   local all = cjson.decode(meta.model_options)
-  for key, value in pairs(options or {}) do all[key] = value end
+  for key, value in pairs(o or {}) do all[key] = value end
   local net = models.create(meta.model, all)
   if meta.model_changes then replay(net, cjson.decode(meta.model_changes)) end
   net:load_state_dict(tensors)

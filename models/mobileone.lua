@@ -2,11 +2,12 @@
 -- modules are those of the authors' code.
 
 local orepa = require "orepa"
+local Classifier = require "orepa.models.classifier"
 local options = require "orepa.options"
 local models = require "orepa.models"
-local nn, F = orepa.nn, orepa.F
+local nn = orepa.nn
 
-local MobileOne = nn.Module:extend("MobileOne")
+local MobileOne = Classifier:extend("MobileOne")
 
 local known = {
   width = options.required, branches = 1, excite = false, num_blocks = options.optional, mode = options.optional,
@@ -40,13 +41,7 @@ function MobileOne:init(o)
     end
     self["stage" .. k] = stage
   end
-  self.linear = nn.Linear { in_features = in_channels, out_features = o.classes }
-  if o.deploy then self:deploy() end
-end
-
-function MobileOne:forward(x)
-  for k = 0, 4 do x = self["stage" .. k](x) end
-  return self.linear(F.adaptive_avg_pool2d(x):flatten(2))
+  self:finish(in_channels, o)
 end
 
 -- ---- names ----

@@ -1,11 +1,12 @@
 -- RepVGG (CVPR 2021): a stack of 3x3 blocks without residual sums. Names of modules are those of the reference.
 
 local orepa = require "orepa"
+local Classifier = require "orepa.models.classifier"
 local options = require "orepa.options"
 local models = require "orepa.models"
-local nn, F = orepa.nn, orepa.F
+local nn = orepa.nn
 
-local RepVGG = nn.Module:extend("RepVGG")
+local RepVGG = Classifier:extend("RepVGG")
 
 local known = {
   num_blocks = options.required, width = options.required, groups = 1, reparam = "repvgg", classes = 1000, in_channels = 3,
@@ -33,13 +34,7 @@ function RepVGG:init(o)
     end
     self["stage" .. k] = stage
   end
-  self.linear = nn.Linear { in_features = in_channels, out_features = o.classes }
-  if o.deploy then self:deploy() end
-end
-
-function RepVGG:forward(x)
-  for k = 0, 4 do x = self["stage" .. k](x) end
-  return self.linear(F.adaptive_avg_pool2d(x):flatten(2))
+  self:finish(in_channels, o)
 end
 
 -- ---- names ----

@@ -2,6 +2,7 @@
 -- `reparam` and the kernel's size. Names of modules are those of the reference, so that its checkpoints load by name.
 
 local orepa = require "orepa"
+local Classifier = require "orepa.models.classifier"
 local options = require "orepa.options"
 local models = require "orepa.models"
 local nn, F = orepa.nn, orepa.F
@@ -49,7 +50,7 @@ local residuals = { basic = Basic, bottleneck = Bottleneck }
 
 -- ---- the network ----
 
-local ResNet = nn.Module:extend("ResNet")
+local ResNet = Classifier:extend("ResNet")
 
 local known = {
   num_blocks = options.required, residual = "basic", width = 1.0, reparam = "none", classes = 1000, in_channels = 3,
@@ -97,15 +98,13 @@ function ResNet:init(o)
     end
     self["stage" .. k] = stage
   end
-  self.linear = nn.Linear { in_features = in_channels, out_features = o.classes }
-  if o.deploy then self:deploy() end
+  self:finish(in_channels, o)
 end
 
 function ResNet:forward(x)
   x = self.stage0.conv1(x)
   if self.stage0.maxpool then x = self.stage0.maxpool(x) end
-  for k = 1, 4 do x = self["stage" .. k](x) end
-  return self.linear(F.adaptive_avg_pool2d(x):flatten(2))
+  return self:classify(x, 1)
 end
 
 -- ---- names ----

@@ -13,12 +13,14 @@ function options.with(given, more)
   return all
 end
 
-local function names(known)
+-- The keys of a table, sorted.
+function options.names(known)
   local list = {}
   for name in pairs(known) do list[#list + 1] = name end
   table.sort(list)
   return list
 end
+local names = options.names
 
 return setmetatable(options, { __call = function(_, where, given, known)
   if given == nil then given = {} end

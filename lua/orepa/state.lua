@@ -3,6 +3,7 @@
 
 local core = require "orepa.core"
 local document = require "orepa.document"
+local options = require "orepa.options"
 
 local state = {}
 
@@ -15,13 +16,6 @@ local function check(tensors, where)
       core.fail(("%s: tensors are named by strings, not by a %s"):format(where, type(name)))
     end
   end
-end
-
-local function sorted_names(tensors)
-  local names = {}
-  for name in pairs(tensors) do names[#names + 1] = name end
-  table.sort(names)
-  return names
 end
 
 local function starts(name, prefix)
@@ -83,7 +77,7 @@ function state.select(tensors, net)
   check(tensors, "state_dict")
   local own = net and net:state_dict { constants = true }
   while not (own and has_any(tensors, own)) do
-    local prefix = find_prefix(sorted_names(tensors))
+    local prefix = find_prefix(options.names(tensors))
     if not prefix then break end
     tensors = under(tensors, prefix)
   end
@@ -91,7 +85,7 @@ function state.select(tensors, net)
   for name, t in pairs(tensors) do
     if not (own and own[name] == nil and is_constant(name)) then found[name] = t end
   end
-  return found, sorted_names(found)
+  return found, options.names(found)
 end
 
 -- ---- what doesn't fit ----

@@ -228,6 +228,14 @@ end
 
 -- ---- output ----
 
+-- A file is never left half-written.
+function measure.write_file(path, text)
+  local file <close> = assert(io.open(path .. ".new", "w"))
+  assert(file:write(text))
+  assert(file:close())
+  assert(os.rename(path .. ".new", path))
+end
+
 local MIB = 1 << 20
 
 function measure.mib(bytes)

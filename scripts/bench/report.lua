@@ -123,13 +123,6 @@ local function read_results(path)
   return records
 end
 
-local function write_file(path, text)
-  local file <close> = assert(io.open(path .. ".new", "w"))
-  assert(file:write(text))
-  assert(file:flush())
-  assert(os.rename(path .. ".new", path))
-end
-
 -- Puts the records of a part in place of those that there were.
 local function replace(path, part, records)
   local lines = {}
@@ -137,7 +130,7 @@ local function replace(path, part, records)
     if record.part ~= part.name then lines[#lines + 1] = cjson.encode(record) .. "\n" end
   end
   for _, record in ipairs(records) do lines[#lines + 1] = cjson.encode(record) .. "\n" end
-  write_file(path, table.concat(lines))
+  measure.write_file(path, table.concat(lines))
 end
 
 local function chosen_parts()
@@ -167,4 +160,4 @@ if not args.draw then
 end
 local records = read_results(path)
 if #records == 0 then orepa.fail("report.lua: there are no results in " .. path) end
-write_file(args.out .. ".md", page.text(parts, records, args.out))
+measure.write_file(args.out .. ".md", page.text(parts, records, args.out))

@@ -4,6 +4,8 @@
 
 local argparse = require "argparse"
 local cjson = require "cjson"
+package.path = (arg[0]:match "^.*/" or "") .. "../bench/?.lua;" .. package.path
+local measure = require "measure"
 
 local parser = argparse("page.lua", "Makes docs/paper.md of tables and figures.")
 parser:option("--out", "folder of tables and figures; the page lies beside it", "docs/paper")
@@ -90,8 +92,5 @@ for _, part in ipairs(parts) do
 end
 
 local path = args.out .. ".md"
-local file <close> = assert(io.open(path .. ".new", "w"))
-assert(file:write(table.concat(page, "\n")))
-assert(file:close())
-assert(os.rename(path .. ".new", path))
+measure.write_file(path, table.concat(page, "\n"))
 print(("%s has %d parts"):format(path, (#page - 1) // 3))

@@ -171,13 +171,6 @@ end
 
 -- ---- what comes out ----
 
-local function write_file(path, text)
-  local file <close> = assert(io.open(path .. ".new", "w"))
-  assert(file:write(text))
-  assert(file:close())
-  assert(os.rename(path .. ".new", path))
-end
-
 local function markdown(rows)
   local lines = {}
   for k, row in ipairs(rows) do
@@ -191,9 +184,9 @@ end
 function study.publish(name, title, rows, values)
   local a, text = study.args, markdown(rows)
   io.write(title, "\n\n", text)
-  write_file(("%s/%s.md"):format(a.out, name), text)
+  measure.write_file(("%s/%s.md"):format(a.out, name), text)
   local all = { title = title, rows = rows, values = values, options = a }
-  write_file(("%s/%s.json"):format(a.out, name), cjson.encode(all) .. "\n")
+  measure.write_file(("%s/%s.json"):format(a.out, name), cjson.encode(all) .. "\n")
 end
 
 -- draw(path) makes a figure of the kind that the path's end says; both kinds are made, where gnuplot is installed.

@@ -4,6 +4,7 @@
 local core = require "orepa.core"
 local document = require "orepa.document"
 local blocks = require "orepa.nn.named_blocks"
+local options = require "orepa.options"
 local reparam = require "orepa.reparam"
 
 -- Kernels from 3 up to 7 are re-parameterized, others are plain.
@@ -26,17 +27,11 @@ local kinds = {
   end,
 }
 
-local function names()
-  local list = {}
-  for name in pairs(kinds) do list[#list + 1] = name end
-  table.sort(list)
-  return table.concat(list, " ")
-end
-
 function reparam.make(kind, o)
   local make = kinds[kind]
   if not make then
-    core.fail(("reparam.make: no kind of block is called '%s' (there are %s)"):format(tostring(kind), names()))
+    core.fail(("reparam.make: no kind of block is called '%s' (there are %s)"):format(tostring(kind),
+      table.concat(options.names(kinds), " ")))
   end
   if type(o) ~= "table" then core.fail(("reparam.make: a table of options expected, got %s"):format(type(o))) end
   return make(o)
