@@ -7,7 +7,8 @@
 --
 -- With --python (an interpreter that has PyTorch) the same network of PyTorch takes turns with ours, each in a process of its own
 -- that waits while another computes. A peer is a variant of PyTorch's (peers/pytorch_step.py --help lists them), `onnxruntime`
--- (evaluation and deployed only), or `ours`; `none:` or `orepa:` before it asks for that network instead of --reparam's.
+-- (evaluation and deployed only), or `ours`; `none:`, `dbb:` or another of --reparam's kinds before it asks for that network
+-- instead.
 
 local argparse = require "argparse"
 package.path = (arg[0]:match "^.*/" or "") .. "?.lua;" .. package.path
@@ -24,7 +25,7 @@ parser:option("--steps", "steps timed in a round", 10):convert(measure.at_least(
 parser:option("--warm-up", "steps before them", 3):convert(measure.at_least(0))
 parser:option("--matmul-size", "size of the matrix product to compare with", 2048):convert(measure.at_least(1))
 parser:option("--python", "interpreter with PyTorch, for the peers")
-parser:option("--peers", "who takes turns with ours, a list"):convert(measure.list)
+parser:option("--peers", "who takes turns with ours, a list; dbb:ours is ours with --reparam dbb"):convert(measure.list)
 parser:option("--isa", "limit ours and the peers to an instruction set: avx2"):choices { "avx2" }
 parser:flag("--serve", "answer lines of two numbers, steps to warm up and to time")
 local args = parser:parse()

@@ -140,22 +140,55 @@ describe("step.lua", function()
     assert.matches("\nnone:ours +[%d.]+ ", text)
   end)
 
+  it("times other kinds of blocks beside each other", function()
+    local r = json_of("step.lua", { "--model", "repvgg_a0", "--reparam", "orepa_vgg", "--batch-size", "2", "--peers",
+      "dbb:ours,none:ours" })
+    for k, name in ipairs { "dbb:ours", "none:ours" } do
+      assert.equal(name, r.peers[k].name)
+      assert.near(r.gflop * 1e9, r.peers[k].about.operations, 1) -- they are those of the deployed network
+    end
+  end)
+
   it("asks peers in turn, and says how they compare", function()
     process.write(folder .. "/python", [[#!/bin/sh
       case "$1" in */pytorch_step.py) ;; *) exit 3 ;; esac
       [ "$2 $3" = "--variant eager" ] || exit 4
+      case "$*" in *"--reparam dbb --model resnet18 "*) ;; *) exit 5 ;; esac
       echo '{"peer": "stand-in", "threads": 1}'
       while read -r warm_up steps; do
         [ "$warm_up $steps" = "3 1" ] && echo '{"seconds": [1000], "peak_memory": 1048576}'
       done]])
     assert(os.execute("chmod +x " .. folder .. "/python"))
-    local r = json_of("step.lua", { "--batch-size", "2", "--python", folder .. "/python", "--peers", "eager" })
+    local r = json_of("step.lua", { "--batch-size", "2", "--python", folder .. "/python", "--peers", "dbb:eager" })
     local p = r.peers[1]
-    assert.equal("eager", p.name)
+    assert.equal("dbb:eager", p.name)
     assert.equal("stand-in", p.about.peer)
     assert.same({ median = 1e6, lower = 1e6, upper = 1e6, count = 1 }, p.step_ms)
     assert.equal(1, p.peak_memory_mib)
     assert.near(1e6 / r.step_ms.median, p.times_ours.median, 1e-6 * p.times_ours.median)
+  end)
+
+  it("has peers of the same architectures", function()
+    local script = ("import json, sys; sys.dont_write_bytecode = True; sys.path.insert(0, '%speers'); import architectures as a; "
+      .. "print(json.dumps({'repvggs': a.REPVGGS, 'resnets': a.RESNETS, 'reparams': a.REPARAMS}))"):format(bench)
+    local pipe <close> = assert(io.popen('python3 -c "' .. script .. '" 2>/dev/null'))
+    local text = pipe:read "a"
+    if text == "" then return pending "no python3 here" end
+    local models, there = require "orepa.models", cjson.decode(text)
+    local function same_stages(name, reparam, num_blocks, features)
+      local net = models.create(name, { reparam = reparam, width = 0.25, classes = 10 })
+      for k = 1, 4 do assert.equal(num_blocks[k], #net["stage" .. k], name) end
+      assert.equal(features, net.linear.weight.shape[2], name)
+      return net
+    end
+    for name, sizes in pairs(there.repvggs) do
+      local net = same_stages(name, "none", sizes[1], math.floor(128 * sizes[2][4]))
+      assert.equal(sizes[3], net.stage1[2].options.groups, name)
+    end
+    for name, sizes in pairs(there.resnets) do same_stages(name, "none", sizes[1], (sizes[2] and 4 or 1) * 128) end
+    for _, reparam in ipairs(there.reparams) do
+      same_stages("repvgg_a0", reparam, there.repvggs.repvgg_a0[1], 320)
+    end
   end)
 
   it("says which peer ended", function()

@@ -1,192 +1,17 @@
-"""The networks of the PyTorch peers: ResNet-18/34/50, plain, with OREPA blocks, or deployed, and how to run them.
+"""The networks of the PyTorch peers, ResNet and RepVGG with blocks of any kind, and how to run them. Names of modules are
+those of the reference implementation.
 
-Parameter names, initial values and the operations that squeeze a kernel are those of the reference implementation
-(OREPA, CVPR 2022), so its tensors load by name. A *variant* is how PyTorch is asked to run a network: which memory
-format, whether compiled, in which precision.
+A *variant* is how PyTorch is asked to run a network: which memory format, whether compiled, in which precision.
 """
 
 import contextlib
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-
-class Geometry:
-    """A convolution whose padding keeps the size. The gradient of a narrow 1x1 kernel with stride 2 on channels-last maps
-    is randomly wrong in PyTorch 2.13 (oneDNN 3.12, it seems its issue 6035): every second pixel is taken first. Widths
-    from 0.25 up are not concerned."""
-
-    def __init__(self, inputs, kernel_size, stride):
-        self.every_second = (kernel_size, stride) == (1, 2) and inputs < 16
-        self.stride, self.padding = 1 if self.every_second else stride, kernel_size // 2
-
-    def convolve(self, x, kernel):
-        return F.conv2d(x[:, :, ::2, ::2] if self.every_second else x, kernel, None, self.stride, self.padding)
-
-
-class ConvBN(nn.Module):
-    """Convolution and norm; `relu` ends the block in a ReLU."""
-
-    def __init__(self, inputs, outputs, kernel_size, stride=1, relu=False):
-        super().__init__()
-        self.geometry, self.relu = Geometry(inputs, kernel_size, stride), relu
-        self.conv = nn.Conv2d(inputs, outputs, kernel_size, stride, kernel_size // 2, bias=False)
-        self.bn = nn.BatchNorm2d(outputs)
-
-    def forward(self, x):
-        y = self.bn(self.geometry.convolve(x, self.conv.weight))
-        return F.relu_(y) if self.relu else y
-
-
-class Deployed(nn.Module):
-    """What every block is after training: a convolution with bias."""
-
-    def __init__(self, inputs, outputs, kernel_size, stride=1, relu=False):
-        super().__init__()
-        self.relu = relu
-        self.conv = nn.Conv2d(inputs, outputs, kernel_size, stride, kernel_size // 2)
-
-    def forward(self, x):
-        y = self.conv(x)
-        return F.relu_(y) if self.relu else y
-
-
-def kaiming(*shape, slope=0):
-    return nn.Parameter(nn.init.kaiming_uniform_(torch.empty(shape), a=slope))
-
-
-def kernel_matrix(kernel):
-    """(O, I) of a 1x1 kernel."""
-    return kernel.squeeze(3).squeeze(2)
-
-
-class Orepa(nn.Module):
-    """A 3x3 convolution whose kernel is squeezed from six scaled branches in every forward pass."""
-
-    EXPANSION = 8
-    INITIAL_SCALINGS = (0.25, 0.25, 0.0, 0.5, 1.0, 0.5)
-
-    def __init__(self, inputs, outputs, stride=1, relu=False, norm=True):
-        super().__init__()
-        self.geometry, self.relu = Geometry(inputs, 3, stride), relu
-
-        self.weight_orepa_origin = kaiming(outputs, inputs, 3, 3)
-        self.weight_orepa_avg_conv = kaiming(outputs, inputs, 1, 1)
-        self.weight_orepa_pfir_conv = kaiming(outputs, inputs, 1, 1)
-        self.weight_orepa_1x1 = kaiming(outputs, inputs, 1, 1)
-        self.weight_orepa_1x1_kxk_idconv1 = nn.Parameter(torch.zeros(inputs, inputs, 1, 1))
-        self.weight_orepa_1x1_kxk_conv2 = kaiming(outputs, inputs, 3, 3)
-        self.weight_orepa_gconv_dw = kaiming(self.EXPANSION * inputs, 1, 3, 3)
-        self.weight_orepa_gconv_pw = kaiming(outputs, self.EXPANSION * inputs, 1, 1)
-        self.vector = nn.Parameter(torch.tensor(self.INITIAL_SCALINGS)[:, None].repeat(1, outputs))
-        self.register_buffer("weight_orepa_avg_avg", torch.full((3, 3), 1 / 9))
-        self.register_buffer("id_tensor", torch.eye(inputs)[:, :, None, None])
-        self.register_buffer("weight_orepa_prior", self.prior(outputs))
-        if norm:
-            self.bn = nn.BatchNorm2d(outputs)
-
-    @staticmethod
-    def prior(outputs):
-        """Cosines along h for the first half of the filters, along w for the others: (outputs, 3, 3)."""
-        half = outputs / 2
-        filters = torch.arange(outputs, dtype=torch.float64)
-        frequency = torch.where(filters < half, filters, filters - half) + 1
-        wave = torch.cos(math.pi / 3 * frequency[:, None] * (torch.arange(3, dtype=torch.float64) + 0.5))
-        along_h = (filters < half)[:, None, None]
-        return torch.where(along_h, wave[:, :, None], wave[:, None, :]).expand(outputs, 3, 3).float()
-
-    def squeeze(self):
-        """The kernel, (outputs, inputs, 3, 3). One einsum a product and one a scaling, as the reference does it."""
-
-        def scaled(row, kernel):
-            return torch.einsum("oihw,o->oihw", kernel, self.vector[row])
-
-        outputs, inputs = self.weight_orepa_origin.shape[:2]
-        average = torch.einsum("oi,hw->oihw", kernel_matrix(self.weight_orepa_avg_conv), self.weight_orepa_avg_avg)
-        prior = torch.einsum("oi,ohw->oihw", kernel_matrix(self.weight_orepa_pfir_conv), self.weight_orepa_prior)
-        conv1 = kernel_matrix(self.weight_orepa_1x1_kxk_idconv1 + self.id_tensor)
-        expanded = torch.einsum("ti,othw->oihw", conv1, self.weight_orepa_1x1_kxk_conv2)
-        depthwise = self.weight_orepa_gconv_dw.view(inputs, self.EXPANSION, 3, 3)
-        pointwise = self.weight_orepa_gconv_pw.view(outputs, inputs, self.EXPANSION)
-        separable = torch.einsum("iehw,oie->oihw", depthwise, pointwise)
-        return (
-            scaled(0, self.weight_orepa_origin)
-            + scaled(1, average)
-            + scaled(4, F.pad(self.weight_orepa_1x1, (1, 1, 1, 1)))
-            + scaled(3, expanded)
-            + scaled(2, prior)
-            + scaled(5, separable)
-        )
-
-    def forward(self, x):
-        y = self.bn(self.geometry.convolve(x, self.squeeze()))
-        return F.relu_(y) if self.relu else y
-
-
-class Orepa1x1(nn.Module):
-    """A 1x1 convolution squeezed from itself and a product of two; the wider of those starts as the identity."""
-
-    def __init__(self, inputs, outputs, stride=1, relu=False):
-        super().__init__()
-        self.geometry, self.relu = Geometry(inputs, 1, stride), relu
-        inner = min(inputs, outputs)
-        self.weight_or1x1_origin = kaiming(outputs, inputs, 1, 1, slope=1)
-        identity = nn.Parameter(torch.eye(inner)[:, :, None, None])
-        if outputs > inputs:
-            self.weight_or1x1_l2i_conv1, self.weight_or1x1_l2i_conv2 = identity, kaiming(outputs, inner, 1, 1, slope=1)
-        else:
-            self.weight_or1x1_l2i_conv1, self.weight_or1x1_l2i_conv2 = kaiming(inner, inputs, 1, 1, slope=1), identity
-        self.vector = nn.Parameter(torch.tensor((1.0, 0.5))[:, None].repeat(1, outputs))
-        self.bn = nn.BatchNorm2d(outputs)
-
-    def squeeze(self):
-        first, second = kernel_matrix(self.weight_or1x1_l2i_conv1), kernel_matrix(self.weight_or1x1_l2i_conv2)
-        product = torch.einsum("ti,ot->oi", first, second)[:, :, None, None]
-        return torch.einsum("oihw,o->oihw", self.weight_or1x1_origin, self.vector[0]) + torch.einsum(
-            "oihw,o->oihw", product, self.vector[1]
-        )
-
-    def forward(self, x):
-        y = self.bn(self.geometry.convolve(x, self.squeeze()))
-        return F.relu_(y) if self.relu else y
-
-
-class OrepaLargeConv(nn.Module):
-    """The linear deep stem: (K-1)/2 squeezed 3x3 kernels, correlated into one K x K."""
-
-    def __init__(self, inputs, outputs, kernel_size, stride=1, relu=False):
-        super().__init__()
-        self.geometry, self.relu, self.layers = Geometry(inputs, kernel_size, stride), relu, kernel_size // 2
-        for layer in range(self.layers):
-            setattr(self, f"weight{layer}", Orepa(outputs if layer else inputs, outputs, norm=False))
-        self.bn = nn.BatchNorm2d(outputs)
-
-    def squeeze(self):
-        kernel = self.weight0.squeeze().transpose(0, 1)
-        for layer in range(1, self.layers):
-            kernel = F.conv2d(kernel, getattr(self, f"weight{layer}").squeeze(), padding=2)
-        return kernel.transpose(0, 1)
-
-    def forward(self, x):
-        y = self.bn(self.geometry.convolve(x, self.squeeze()))
-        return F.relu_(y) if self.relu else y
-
-
-def plain(inputs, outputs, kernel_size, stride=1, relu=False):
-    return ConvBN(inputs, outputs, kernel_size, stride, relu)
-
-
-def orepa(inputs, outputs, kernel_size, stride=1, relu=False):
-    if kernel_size == 1:
-        return Orepa1x1(inputs, outputs, stride, relu)
-    if kernel_size >= 7:
-        return OrepaLargeConv(inputs, outputs, kernel_size, stride, relu)
-    return Orepa(inputs, outputs, stride, relu)
-
-
-BLOCKS = {"none": plain, "orepa": orepa, "deploy": Deployed}
+from architectures import REPVGGS, RESNETS
+from blocks import BLOCKS, ConvBN, Deployed
 
 
 class BasicBlock(nn.Module):
@@ -221,24 +46,16 @@ class Bottleneck(nn.Module):
         return F.relu_(self.conv3(self.conv2(self.conv1(x))) + self.shortcut(x))
 
 
-MODELS = {
-    "resnet18": ((2, 2, 2, 2), BasicBlock),
-    "resnet34": ((3, 4, 6, 3), BasicBlock),
-    "resnet50": ((3, 4, 6, 3), Bottleneck),
-}
-
-
 class ResNet(nn.Module):
-    def __init__(self, model="resnet18", reparam="none", width=1.0, classes=1000, channels=3):
+    def __init__(self, num_blocks, residual, reparam="none", width=1.0, classes=1000, channels=3):
         super().__init__()
-        counts, residual = MODELS[model]
         conv = BLOCKS[reparam]
         widths = [int(planes * width) for planes in (64, 128, 256, 512)]
         self.stage0 = nn.Sequential()
         self.stage0.add_module("conv1", conv(channels, widths[0], 7, stride=2, relu=True))
         self.stage0.add_module("maxpool", nn.MaxPool2d(3, stride=2, padding=1))
         inputs = widths[0]
-        for stage, (planes, count) in enumerate(zip(widths, counts), 1):
+        for stage, (planes, count) in enumerate(zip(widths, num_blocks), 1):
             blocks = []
             for block in range(count):
                 blocks.append(residual(conv, inputs, planes, 2 if stage > 1 and block == 0 else 1))
@@ -250,6 +67,41 @@ class ResNet(nn.Module):
     def forward(self, x):
         y = self.stage4(self.stage3(self.stage2(self.stage1(self.stage0(x)))))
         return self.linear(self.gap(y).flatten(1))
+
+
+class RepVGG(nn.Module):
+    """A stack of 3x3 blocks without residual sums; every second one is grouped."""
+
+    def __init__(self, num_blocks, widths, groups=1, reparam="repvgg", classes=1000, channels=3):
+        super().__init__()
+        conv = BLOCKS[reparam]
+        inputs, position = min(64, int(64 * widths[0])), 0
+        self.stage0 = conv(channels, inputs, 3, stride=2, relu=True)
+        for stage, (count, width) in enumerate(zip(num_blocks, widths), 1):
+            outputs, blocks = int(32 * 2**stage * width), []
+            for block in range(count):
+                position += 1
+                grouped = groups if position % 2 == 0 else 1
+                blocks.append(conv(inputs, outputs, 3, stride=1 if block else 2, relu=True, groups=grouped))
+                inputs = outputs
+            setattr(self, f"stage{stage}", nn.Sequential(*blocks))
+        self.gap = nn.AdaptiveAvgPool2d(1)
+        self.linear = nn.Linear(inputs, classes)
+
+    def forward(self, x):
+        y = self.stage4(self.stage3(self.stage2(self.stage1(self.stage0(x)))))
+        return self.linear(self.gap(y).flatten(1))
+
+
+def create(model, reparam, width=1.0, classes=1000, channels=3):
+    """A network by its name; `reparam` is one of architectures.REPARAMS, or deploy."""
+    if model in RESNETS:
+        if reparam == "repvgg":
+            raise SystemExit("a ResNet has no RepVGG blocks; there are none, dbb, orepa, orepa_vgg")
+        num_blocks, deep = RESNETS[model]
+        return ResNet(num_blocks, Bottleneck if deep else BasicBlock, reparam, width, classes, channels)
+    num_blocks, widths, groups = REPVGGS[model]
+    return RepVGG(num_blocks, [width * w for w in widths], groups, reparam, classes, channels)
 
 
 # How PyTorch runs them

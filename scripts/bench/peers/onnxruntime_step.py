@@ -31,7 +31,7 @@ def export(args, path):
     warnings.simplefilter("ignore")  # the exporter says that there is a newer one, which needs one more package
     torch.manual_seed(1)
     reparam = "deploy" if args.mode == "deploy" else args.reparam
-    model = networks.ResNet(args.model, reparam, args.width, args.classes).eval()
+    model = networks.create(args.model, reparam, args.width, args.classes).eval()
     x = torch.randn(args.batch_size, 3, args.size, args.size)
     torch.onnx.export(model, (x,), path, input_names=["x"], output_names=["logits"], opset_version=17, dynamo=False)
 
@@ -61,7 +61,7 @@ def main():
     if args.mode == "train":
         parser.error("onnxruntime only runs networks: --mode eval or deploy")
     if args.mode == "eval" and args.reparam != "none":
-        parser.error("a network with OREPA blocks is exported deployed: --mode deploy, or --reparam none")
+        parser.error("a re-parameterized network is exported deployed: --mode deploy, or --reparam none")
     with tempfile.TemporaryDirectory() as folder:
         step = inference(args, exported(args, os.path.join(folder, "model.onnx")))
     about = {"peer": "onnxruntime", "version": onnxruntime.__version__, "threads": args.threads, "reparam": args.reparam}

@@ -7,6 +7,8 @@ import statistics
 import sys
 import time
 
+import architectures
+
 # Without these glibc returns every large activation to the system and faults it in again at the next step.
 # They are read when a process starts.
 MALLOC = {
@@ -60,8 +62,8 @@ def serve(about, step):
 
 def add_arguments(parser):
     """What the network is, as step.lua says it."""
-    parser.add_argument("--model", choices=("resnet18", "resnet34", "resnet50"), default="resnet18")
-    parser.add_argument("--reparam", choices=("none", "orepa"), default="orepa")
+    parser.add_argument("--model", choices=architectures.MODELS, default="resnet18")
+    parser.add_argument("--reparam", choices=architectures.REPARAMS, default="orepa")
     parser.add_argument("--mode", choices=("train", "eval", "deploy"), default="train")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--size", type=int, default=224)

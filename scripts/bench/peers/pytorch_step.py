@@ -20,7 +20,7 @@ import networks
 
 
 def training(args):
-    model = networks.prepare(networks.ResNet(args.model, args.reparam, args.width, args.classes), args.variant)
+    model = networks.prepare(networks.create(args.model, args.reparam, args.width, args.classes), args.variant)
     optimizer = networks.make_optimizer(model, momentum=0.9, weight_decay=1e-4)
     networks.set_rate(optimizer, 0.01)
     x = networks.in_layout(torch.randn(args.batch_size, 3, args.size, args.size), args.variant)
@@ -37,7 +37,7 @@ def inference(args):
         from torch._inductor import config
 
         config.freezing = True
-    model = networks.ResNet(args.model, "deploy" if deployed else args.reparam, args.width, args.classes)
+    model = networks.create(args.model, "deploy" if deployed else args.reparam, args.width, args.classes)
     x = torch.randn(args.batch_size, 3, args.size, args.size)
     if deployed and half:
         model, x = model.bfloat16(), x.bfloat16()
