@@ -335,6 +335,13 @@ typedef struct {
  * statistics while training. */
 OREPA_API orepa_tensor *orepa_batch_norm(orepa_tensor *x, orepa_tensor *weight, orepa_tensor *bias,
                                          orepa_tensor *running_mean, orepa_tensor *running_var, const orepa_norm *norm);
+/* The same less what running statistics, read after this step's update, make of zero: weight, bias and `zero_mean`,
+ * `zero_var` (C) as in evaluation. No gradient flows through that. A border of zeros around this map is a border of
+ * that value around the other. zero_mean and zero_var NULL: nothing is taken off. */
+OREPA_API orepa_tensor *orepa_batch_norm_less_zero(orepa_tensor *x, orepa_tensor *weight, orepa_tensor *bias,
+                                                   orepa_tensor *running_mean, orepa_tensor *running_var,
+                                                   orepa_tensor *zero_mean, orepa_tensor *zero_var,
+                                                   const orepa_norm *norm);
 
 /* ---- pooling ----------------------------------------------------------------------------------------------------- */
 

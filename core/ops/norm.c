@@ -50,6 +50,12 @@ static int check(const orepa_tensor *x, const orepa_tensor *weight, const orepa_
   return 0;
 }
 
+static int check_zero(const orepa_tensor *x, const orepa_tensor *zero_mean, const orepa_tensor *zero_var) {
+  if (!zero_mean != !zero_var)
+    return error_set("batch_norm: the two statistics of zero come together or not at all");
+  return check_channels(x, zero_mean, "zero's mean") || check_channels(x, zero_var, "zero's variance") ? -1 : 0;
+}
+
 /* ---- statistics ---- */
 
 /* Of x as it is: those that came with it, or from a pass over it. A new reference. */
@@ -103,6 +109,21 @@ static int running_channels(orepa_tensor *weight, orepa_tensor *bias, orepa_tens
   return c->shift && c->mean ? 0 : -1;
 }
 
+/* Takes off the shift what evaluation by these statistics would make of zero. */
+static int take_off_zero(orepa_tensor *weight, orepa_tensor *bias, orepa_tensor *zero_mean, orepa_tensor *zero_var,
+                         const orepa_norm *norm, norm_channels *c) {
+  norm_channels running = {NULL};
+  orepa_tensor *less = NULL;
+  if (!running_channels(weight, bias, zero_mean, zero_var, norm, &running))
+    less = op_apply2(FUNCTION_sub, OPERAND(c->shift), OPERAND(running.shift));
+  channels_release(&running);
+  if (!less)
+    return -1;
+  orepa_release(c->shift);
+  c->shift = less;
+  return 0;
+}
+
 /* ---- backward ---- */
 
 static int norm_backward(autograd_node *node, orepa_tensor *given, orepa_tensor **dx) {
@@ -142,9 +163,15 @@ static orepa_tensor *apply(orepa_tensor *x, const norm_channels *c) {
   return y && !promises_made() && tensor_materialize(y) ? tensor_fail(y) : y;
 }
 
-orepa_tensor *orepa_batch_norm(orepa_tensor *given, orepa_tensor *weight, orepa_tensor *bias,
-                               orepa_tensor *running_mean, orepa_tensor *running_var, const orepa_norm *norm) {
-  if (check(given, weight, bias, running_mean, running_var, norm))
+orepa_tensor *orepa_batch_norm(orepa_tensor *x, orepa_tensor *weight, orepa_tensor *bias, orepa_tensor *running_mean,
+                               orepa_tensor *running_var, const orepa_norm *norm) {
+  return orepa_batch_norm_less_zero(x, weight, bias, running_mean, running_var, NULL, NULL, norm);
+}
+
+orepa_tensor *orepa_batch_norm_less_zero(orepa_tensor *given, orepa_tensor *weight, orepa_tensor *bias,
+                                         orepa_tensor *running_mean, orepa_tensor *running_var, orepa_tensor *zero_mean,
+                                         orepa_tensor *zero_var, const orepa_norm *norm) {
+  if (check(given, weight, bias, running_mean, running_var, norm) || check_zero(given, zero_mean, zero_var))
     return NULL;
   orepa_tensor *x = op_dense(given), *y = NULL;
   if (!x)
@@ -159,6 +186,7 @@ orepa_tensor *orepa_batch_norm(orepa_tensor *given, orepa_tensor *weight, orepa_
   } else {
     failed = norm->training ? batch_channels(x, weight, bias, running_mean, running_var, norm, &c)
                             : running_channels(weight, bias, running_mean, running_var, norm, &c);
+    failed = failed || (zero_mean && take_off_zero(weight, bias, zero_mean, zero_var, norm, &c));
     failed = failed || !(y = apply(x, &c));
   }
   orepa_set_grad_enabled(was);

@@ -52,10 +52,10 @@ static int l_linear(lua_State *L) {
 }
 
 static int l_batch_norm(lua_State *L) {
-  static const char *const known[] = {"weight",   "bias",     "running_mean", "running_var",
-                                      "training", "momentum", "eps",          NULL};
+  static const char *const known[] = {"weight",   "bias", "running_mean", "running_var", "training",
+                                      "momentum", "eps",  "less_zero",    NULL};
   static const char *const fields[] = {"weight", "bias", "running_mean", "running_var"};
-  orepa_tensor *x = bind_tensor(L, 1), *channels[4] = {NULL};
+  orepa_tensor *x = bind_tensor(L, 1), *channels[4] = {NULL}, *origin[2] = {NULL};
   int options = bind_options(L, 2, "batch_norm", known);
   for (int k = 0; k < 4; k++)
     if (bind_option(L, options, fields[k])) {
@@ -66,9 +66,15 @@ static int l_batch_norm(lua_State *L) {
     }
   orepa_norm norm = {bind_option_number(L, options, "eps", 1e-5), bind_option_number(L, options, "momentum", 0.1),
                      bind_option_boolean(L, options, "training", false)};
+  if (bind_option_boolean(L, options, "less_zero", false)) {
+    if (!channels[2] || !channels[3])
+      return bind_error(L, "batch_norm: less_zero needs running statistics");
+    origin[0] = channels[2], origin[1] = channels[3];
+  }
   if (norm.training && orepa_is_recomputing()) /* this batch is in them */
     channels[2] = channels[3] = NULL;
-  BIND_RETURN(L, orepa_batch_norm(x, channels[0], channels[1], channels[2], channels[3], &norm));
+  BIND_RETURN(L, orepa_batch_norm_less_zero(x, channels[0], channels[1], channels[2], channels[3], origin[0], origin[1],
+                                            &norm));
 }
 
 static orepa_pool pool_options(lua_State *L, int index, const char *function, const char *const *known) {
@@ -158,10 +164,11 @@ static const bind_row rows[] = {
      "F.linear(x, weight, bias) -> tensor\nx (..., I) times weight (O, I) transposed, plus bias (O), which may be left "
      "out.\n> F.linear(orepa.ones(2, 3), orepa.ones(4, 3))"},
     {"batch_norm", l_batch_norm,
-     "F.batch_norm(x, {weight=, bias=, running_mean=, running_var=, training=, momentum=, eps=}) -> tensor\n"
+     "F.batch_norm(x, {weight=, bias=, running_mean=, running_var=, training=, momentum=, eps=, less_zero=}) -> "
+     "tensor\n"
      "Normalises each channel of x (N, C, ...): by the batch's statistics while training, which updates the running "
-     "ones; else "
-     "by the running ones.\n> F.batch_norm(orepa.randn(4, 3, 2, 2), {training = true})"},
+     "ones; else by the running ones. `less_zero` takes off what the running ones, updated, make of zero; no gradient "
+     "flows through that.\n> F.batch_norm(orepa.randn(4, 3, 2, 2), {training = true})"},
     {"max_pool2d", l_max_pool2d,
      "F.max_pool2d(x, {kernel_size=, stride=, padding=, dilation=, ceil_mode=}) -> tensor\nThe largest element of each "
      "window; the stride is the kernel's size if not given.\n> F.max_pool2d(orepa.ones(1, 1, 4, 4), {kernel_size = "

@@ -427,3 +427,40 @@ describe("deploying", function()
     fails("the branches went when the block was deployed", net[1].squeezed_weight, net[1])
   end)
 end)
+
+describe("F.batch_norm's less_zero", function()
+  local function fresh()
+    orepa.manual_seed(7)
+    local o = { weight = orepa.rand(3):requires_grad_(), bias = orepa.randn(3):requires_grad_(), running_mean = orepa.randn(3),
+      running_var = orepa.rand(3) + 0.5 }
+    return orepa.randn(2, 3, 4, 5):requires_grad_(), orepa.randn(2, 3, 4, 5), o
+  end
+
+  -- The map and all gradients, of x, weight and bias.
+  local function results(training, less_zero, run)
+    local x, dy, o = fresh()
+    o.training, o.less_zero = training, less_zero
+    local y = run(function(t) return F.batch_norm(t, o) end, x)
+    y:backward(dy)
+    return y:detach(), o, { x.grad, o.weight.grad, o.bias.grad, o.running_mean, o.running_var }
+  end
+
+  local function call(f, x) return f(x) end
+
+  it("takes off what the running statistics, updated, make of zero, with the same gradients", function()
+    for _, training in ipairs { true, false } do
+      local plain, o, others = results(training, false, call)
+      local zero = orepa.no_grad(function() return o.bias - o.running_mean * o.weight * (o.running_var + 1e-5) ^ -0.5 end)
+      assert(zero:abs():max():item() > 0.1)
+      for _, run in ipairs { call, orepa.checkpoint } do
+        local less, _, same = results(training, true, run)
+        near((plain - zero:reshape(1, -1, 1, 1)):flatten():tolist(), less)
+        for k, t in ipairs(others) do near(t:flatten():tolist(), same[k]) end
+      end
+    end
+  end)
+
+  it("needs running statistics", function()
+    fails("batch_norm: less_zero needs running statistics", F.batch_norm, orepa.ones(2, 3), { training = true, less_zero = true })
+  end)
+end)

@@ -2,7 +2,8 @@
 --
 -- A branch is padded once, before its first layer larger than 1x1, and strided once, in its last. The padding's value v is what
 -- the layers and norms before make of zero by their running statistics: then evaluation is exactly one convolution. Instead of
--- writing such a border, v is taken off the map, the border is zero, and what the layer makes of v is added after it.
+-- writing such a border, v is taken off the map, the border is zero, and what the layer makes of v is added after it. The norm
+-- before takes v off by itself where nothing but zero came to it.
 
 local core = require "orepa.core"
 local module = require "orepa.nn.module"
@@ -119,23 +120,27 @@ local function release(t, keep)
 end
 
 local function run_branch(block, chain, x, slots)
-  local given, v = x, nil
+  local given, v, is_off = x, nil, false -- is_off: whether v is off the map already
   local factor = chain.slot and slots[chain.slot][chain.row]
   for k, layer in ipairs(chain.layers) do
     local geometry, norm, constant = chain.geometry[k], layer.norm and block[layer.norm], nil
     if k == chain.padded and chain.crop then x = core.pad(x, chain.crop) end
     local kernel = kernel_of(block, layer, slots, x, geometry)
     if k == chain.padded and v then
-      local y = x - across(v, x)
-      release(x, given)
-      x, constant = y, response(layer, takes_constants(norm) and kernel:detach() or kernel, v)
+      if not is_off then
+        local y = x - across(v, x)
+        release(x, given)
+        x = y
+      end
+      constant = response(layer, takes_constants(norm) and kernel:detach() or kernel, v)
     end
     local scaled = k == #chain.layers and factor or nil
     local y = run_layer(layer, x, kernel, not norm and scaled or nil, not takes_constants(norm) and constant or nil, geometry)
     if y ~= x then release(x, given) end
     x = y
     if norm then
-      y = norm(x, scaled)
+      is_off = chain.surrounded and k + 1 == chain.padded and not v
+      y = norm(x, scaled, is_off)
       if constant and takes_constants(norm) then norm:shift_statistics(constant) end
       release(x, given)
       x = y

@@ -104,8 +104,9 @@ function BatchNorm2d:uses_batch()
   return self.training or not self.options.track_running_stats
 end
 
--- What comes out is multiplied by `factor`, if there is one: a number for each channel.
-function BatchNorm2d:forward(x, factor)
+-- What comes out is multiplied by `factor`, if there is one: a number for each channel. With `less_zero` it is less what the
+-- running statistics make of zero.
+function BatchNorm2d:forward(x, factor, less_zero)
   local o, weight, bias = self.options, self.weight, self.bias
   if factor then
     weight, bias = weight and weight * factor or factor:expand(o.num_features), bias and bias * factor
@@ -113,7 +114,8 @@ function BatchNorm2d:forward(x, factor)
   local training = self:uses_batch()
   if training and o.track_running_stats and not core.is_recomputing() then self.num_batches_tracked:add_(1) end
   return F.batch_norm(x, { weight = weight, bias = bias, running_mean = self.running_mean,
-    running_var = self.running_var, training = training, momentum = o.momentum, eps = o.eps })
+    running_var = self.running_var, training = training, momentum = o.momentum, eps = o.eps,
+    less_zero = less_zero })
 end
 
 -- Corrects the running mean for a constant that should have been added to the last batch, and was not.
