@@ -54,8 +54,8 @@ bool fused_possible(const orepa_tree *sum, const squeeze_forward *f);
 orepa_tensor *fused_kernel(orepa_tree *sum, const squeeze_forward *f);
 int fused_gradients(orepa_tree *sum, const squeeze_backward *b, orepa_tensor *dw);
 
-/* Where compositions are cut for the fewest multiplications (order.c): [i * count + j] is the last layer of the left part
- * of layers i ... j. The caller frees it; NULL: no memory. */
+/* Where compositions are cut for the fewest multiplications (order.c): [i * count + j] is the last layer of the left
+ * part of layers i ... j. The caller frees it; NULL: no memory. */
 int *chain_order(int count, orepa_tree *const *layers, int64_t groups);
 
 /* A row of a scale's parameter: an alias (out) or (1). */
