@@ -157,6 +157,24 @@ local function machine_text(records)
   return table.concat(lines, "\n")
 end
 
+-- What the numbers above don't say by themselves.
+local LIMITS = [[
+## What stands in the way
+
+Convolutions are two thirds of a plain step, and most of them are matrix products of our own: these reach about 80 % of the
+FMA rate, where a bare loop of the same loads and multiplications in the first cache reaches 82 to 86 % on the CPU that this
+was written on. Winograd's way needs 36 products where direct convolution needs 144, so the rest is its transforms, which run
+at the speed of the second cache. `norm_backward` reads its maps twice and writes one at the speed of memory. Of an OREPA
+step, squeezing is a quarter: two thirds of that are products at 410 GFLOP/s, the rest reads and writes each parameter once
+and its gradient once. In ResNet-50 a third of the step is 1x1 convolutions, which oneDNN computes at 260 to 300 GFLOP/s.
+
+Tried without gain: 1x1 convolutions by our own panels in training (10 to 15 % slower than oneDNN's), strided ones by implicit
+panels, fetching the rows of the squeeze's next run ahead (the products take longer by what the packing saves), rectangles of
+half the size in the weight gradient, lowering the stem's weight gradient to a product, keeping the pooled stem's gradient
+instead of gathering it twice, oneDNN's PReLU post-op in the deployed network (runs its reference code). Convolutions of 3x3
+with stride 2 go by Winograd's way where that was measured to pay (81 products instead of 144); their kernels' transforms cost
+too much at 512 channels.]]
+
 -- Markdown; charts are drawn into the folder, beside which the page lies.
 function page.text(parts, records, folder)
   if not charts.can_draw() then print "gnuplot is not installed (package gnuplot-nox): the page is made without charts" end
@@ -165,6 +183,7 @@ Made by `scripts/bench/report.lua` from `%s/results.jsonl`. Numbers are medians 
 turns in one run, each in a process of its own. *Times ours* is a peer's time over ours: above 1, ours is faster.]]):format(
     folder:match "[^/]+$"), machine_text(records) }
   for _, part in ipairs(parts) do measure.append(blocks, section(part, records, folder)) end
+  blocks[#blocks + 1] = LIMITS
   return table.concat(blocks, "\n\n") .. "\n"
 end
 
