@@ -95,6 +95,30 @@ describe("a random offline description", function()
   end
 end)
 
+-- ---- small maps: a padded kernel whose border meets nothing but the padding's value ----
+
+describe("on a map of one pixel", function()
+  for name, layer in pairs { conv = { form = "conv", 3 }, nest = { form = "nest", 3, branches = { { { form = "conv", 3 } },
+    { { form = "conv", 1 }, { form = "average", 3 } } } }, prior = { form = "prior", 3 }, average = { form = "average", 3 } } do
+    it(("%s sees all of the padding"):format(name), function()
+      local d = { mode = "offline", in_channels = 4, out_channels = 4, kernel_size = 3, branches = {
+        { { form = "conv", 1 }, layer }, { { form = "conv", 1 }, { form = "conv", 1 }, layer } } }
+      for _, training in ipairs { true, false } do
+        orepa.manual_seed(2)
+        local block = descriptions.fill(descriptions.build(d)):train(training) -- on the cpu, where unused taps are left out
+        local x = orepa.randn(5, 4, 1, 1)
+        same("y", block(x), (descriptions.run_offline(d, block:clone(), x, training)), 1e-4)
+        if training then -- the norms' means tell what the padding was, which they take away
+          local own = descriptions.fill(descriptions.build(d))
+          local _, _, statistics = descriptions.run_offline(d, own, x, true)
+          own(x)
+          for path, s in pairs(statistics) do same(path, own[path].running_mean, s.mean, 1e-4) end
+        end
+      end
+    end)
+  end
+end)
+
 -- ---- beside other things ----
 
 local nn = orepa.nn

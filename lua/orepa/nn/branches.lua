@@ -50,10 +50,10 @@ end
 
 -- ---- one layer ----
 
--- The kernel of a layer on its own, in its own groups.
+-- The kernel of a layer on its own, in its own groups; with x, for a convolution of x alone.
 local function kernel_of(block, layer, slots, x, geometry)
   if layer.plain then return block[layer.path] end
-  return tree.squeeze(layer.tree, slots, x, geometry)
+  return tree.squeeze(layer.tree, slots, x, x and geometry)
 end
 
 -- Whether the pool does what the layer's constant kernel would.
@@ -119,40 +119,50 @@ local function release(t, keep)
   if t ~= keep and module.internal.no_hooks() then t:release() end
 end
 
-local function run_branch(block, chain, x, slots)
-  local given, v, is_off = x, nil, false -- is_off: whether v is off the map already
-  local factor = chain.slot and slots[chain.slot][chain.row]
-  for k, layer in ipairs(chain.layers) do
-    local geometry, norm, constant = chain.geometry[k], layer.norm and block[layer.norm], nil
-    if k == chain.padded and chain.crop then x = core.pad(x, chain.crop) end
-    local kernel = kernel_of(block, layer, slots, x, geometry)
-    if k == chain.padded and v then
-      if not is_off then
-        local y = x - across(v, x)
-        release(x, given)
-        x = y
-      end
-      constant = response(layer, takes_constants(norm) and kernel:detach() or kernel, v)
-    end
-    local scaled = k == #chain.layers and factor or nil
-    local y = run_layer(layer, x, kernel, not norm and scaled or nil, not takes_constants(norm) and constant or nil, geometry)
-    if y ~= x then release(x, given) end
-    x = y
-    if norm then
-      is_off = chain.surrounded and k + 1 == chain.padded and not v
-      y = norm(x, scaled, is_off)
-      if constant and takes_constants(norm) then norm:shift_statistics(constant) end
-      release(x, given)
-      x = y
-    end
-    if chain.surrounded and k < chain.padded then
-      core.no_grad(function()
-        if v then v = response(layer, kernel, v) end
-        if norm then v = normed(norm, v) end
-      end)
-    end
+-- On its way through a branch: the map x, the padding's value v (nil: zero), whether v is off the map already.
+local Pass = {}
+Pass.__index = Pass
+
+function Pass:take(y)
+  if y ~= self.x then release(self.x, self.given) end
+  self.x = y
+end
+
+-- Takes v off the map before the padded layer, and gives what the layer makes of it.
+function Pass:take_off(layer, kernel, norm)
+  if not self.is_off then self:take(self.x - across(self.v, self.x)) end
+  return response(layer, takes_constants(norm) and kernel:detach() or kernel, self.v)
+end
+
+-- Layer k and its norm; `factor` multiplies what comes out.
+function Pass:run(block, chain, k, slots, factor)
+  local layer, geometry, at_padding = chain.layers[k], chain.geometry[k], k == chain.padded
+  local norm = layer.norm and block[layer.norm]
+  if at_padding and chain.crop then self:take(core.pad(self.x, chain.crop)) end
+  local padded = at_padding and self.v -- by v all taps are met, also on a small map
+  local kernel = kernel_of(block, layer, slots, not padded and self.x or nil, geometry)
+  local constant = padded and self:take_off(layer, kernel, norm) or nil
+  local taken = constant and takes_constants(norm)
+  self:take(run_layer(layer, self.x, kernel, not norm and factor or nil, not taken and constant or nil, geometry))
+  if norm then
+    self.is_off = chain.surrounded and k + 1 == chain.padded and not self.v
+    self:take(norm(self.x, factor, self.is_off))
+    if taken then norm:shift_statistics(constant) end
   end
-  return x
+  if chain.surrounded and k < chain.padded then
+    core.no_grad(function()
+      if self.v then self.v = response(layer, kernel, self.v) end
+      if norm then self.v = normed(norm, self.v) end
+    end)
+  end
+end
+
+local function run_branch(block, chain, x, slots)
+  local pass, last = setmetatable({ given = x, x = x, is_off = false }, Pass), #chain.layers
+  for k = 1, last do
+    pass:run(block, chain, k, slots, k == last and chain.slot and slots[chain.slot][chain.row] or nil)
+  end
+  return pass.x
 end
 
 -- The sum of all branches.
