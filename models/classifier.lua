@@ -5,6 +5,13 @@ local nn, F = orepa.nn, orepa.F
 
 local Classifier = nn.Module:extend("Classifier")
 
+-- Options that have a value for each of the four stages.
+function Classifier.need_four(network, o, ...)
+  for _, name in ipairs { ... } do
+    if type(o[name]) ~= "table" or #o[name] ~= 4 then orepa.fail(("%s: %s is a list of four numbers"):format(network, name)) end
+  end
+end
+
 -- To be called at the end of `init`: `channels` leave the last stage; o has classes and deploy.
 function Classifier:finish(channels, o)
   self.linear = nn.Linear { in_features = channels, out_features = o.classes }

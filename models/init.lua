@@ -21,8 +21,7 @@ function models.create(name, o)
     orepa.fail(("models.create: no network is called '%s' (there are %s)"):format(tostring(name),
       table.concat(options.names(families), " ")))
   end
-  local given = {}
-  for key, value in pairs(o or {}) do given[key] = value end
+  local given = options.with(o or {}, {})
   local net = make(given)
   rawset(net, "model_name", name)
   rawset(net, "model_options", given)
@@ -117,9 +116,7 @@ function models.load(path, o)
     orepa.fail(("models.load: %s does not say which network it holds; make one with models.create and use "
       .. "net:load_state_dict(orepa.load(path))"):format(path))
   end
-  local all = cjson.decode(meta.model_options)
-  for key, value in pairs(o or {}) do all[key] = value end
-  local net = models.create(meta.model, all)
+  local net = models.create(meta.model, options.with(cjson.decode(meta.model_options), o or {}))
   if meta.model_changes then replay(net, cjson.decode(meta.model_changes)) end
   net:load_state_dict(tensors)
   return net, meta

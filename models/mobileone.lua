@@ -14,16 +14,9 @@ local known = {
   classes = 1000, in_channels = 3, deploy = false,
 }
 
-local function check(o)
-  if type(o.width) ~= "table" or #o.width ~= 4 then orepa.fail("mobileone: width is a list of four numbers") end
-  if type(o.num_blocks) ~= "table" or #o.num_blocks ~= 4 then
-    orepa.fail("mobileone: num_blocks is a list of four numbers")
-  end
-end
-
 function MobileOne:init(o)
   o = options("mobileone", options.with({ num_blocks = { 2, 8, 10, 1 } }, o or {}), known)
-  check(o)
+  Classifier.need_four("mobileone", o, "width", "num_blocks")
   local function block(in_channels, out_channels, more)
     return nn.MobileOneBlock(options.with({ in_channels = in_channels, out_channels = out_channels, mode = o.mode }, more))
   end

@@ -13,14 +13,9 @@ local known = {
   deploy = false,
 }
 
-local function check(o)
-  if type(o.num_blocks) ~= "table" or #o.num_blocks ~= 4 then orepa.fail("repvgg: num_blocks is a list of four numbers") end
-  if type(o.width) ~= "table" or #o.width ~= 4 then orepa.fail("repvgg: width is a list of four numbers") end
-end
-
 function RepVGG:init(o)
   o = options("repvgg", o, known)
-  check(o)
+  Classifier.need_four("repvgg", o, "num_blocks", "width")
   local conv = models.conv_maker("repvgg", o.reparam, { "none", "dbb", "orepa", "repvgg", "orepa_vgg" })
   local in_channels, position = math.min(64, math.floor(64 * o.width[1])), 0
   self.stage0 = conv(o.in_channels, in_channels, 3, { stride = 2, act = "relu" })

@@ -70,7 +70,7 @@ local function check(o)
   if o.stem ~= "imagenet" and o.stem ~= "small" then
     orepa.fail(("resnet: stem is '%s'; there are imagenet, small"):format(tostring(o.stem)))
   end
-  if type(o.num_blocks) ~= "table" or #o.num_blocks ~= 4 then orepa.fail("resnet: num_blocks is a list of four numbers") end
+  Classifier.need_four("resnet", o, "num_blocks")
   if (o.cardinality == nil) ~= (o.width_per_group == nil) then
     orepa.fail("resnet: cardinality and width_per_group go together")
   end

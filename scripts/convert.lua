@@ -74,9 +74,8 @@ local function convert_network()
   if args.deploy then net:deploy() end
   meta.model, meta.model_options = nil, nil
   models.save(net, args.output, meta)
-  local count = 0
-  for _ in pairs(net:state_dict()) do count = count + 1 end
-  return count
+  local _, names = net:state_dict()
+  return #names
 end
 
 local count = args.model and convert_network() or convert()

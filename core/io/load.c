@@ -3,6 +3,8 @@
 #include "io/pytorch.h"
 #include "io/safetensors.h"
 
+typedef orepa_archive *reader(const file_reader *file, const orepa_device *device);
+
 static orepa_archive *read_any(const file_reader *file, const orepa_device *device) {
   if (pytorch_may_be(file))
     return pytorch_read(file, device);
@@ -13,11 +15,23 @@ static orepa_archive *read_any(const file_reader *file, const orepa_device *devi
   return NULL;
 }
 
-orepa_archive *orepa_load(const char *path, const orepa_device *device) {
+static orepa_archive *load(const char *path, const orepa_device *device, reader *read) {
   file_reader file;
   if (file_open(&file, path))
     return NULL;
-  orepa_archive *archive = read_any(&file, device);
+  orepa_archive *archive = read(&file, device);
   file_close(&file);
   return archive;
+}
+
+orepa_archive *orepa_load(const char *path, const orepa_device *device) {
+  return load(path, device, read_any);
+}
+
+orepa_archive *orepa_load_pytorch(const char *path, const orepa_device *device) {
+  return load(path, device, pytorch_read);
+}
+
+orepa_archive *orepa_load_safetensors(const char *path, const orepa_device *device) {
+  return load(path, device, safetensors_read);
 }

@@ -282,12 +282,3 @@ orepa_archive *pytorch_read(const file_reader *file, const orepa_device *device)
   orepa_archive_free(f.archive);
   return NULL;
 }
-
-orepa_archive *orepa_load_pytorch(const char *path, const orepa_device *device) {
-  file_reader file;
-  if (file_open(&file, path))
-    return NULL;
-  orepa_archive *archive = pytorch_read(&file, device);
-  file_close(&file);
-  return archive;
-}

@@ -360,15 +360,6 @@ orepa_archive *safetensors_read(const file_reader *file, const orepa_device *dev
   return archive;
 }
 
-orepa_archive *orepa_load_safetensors(const char *path, const orepa_device *device) {
-  file_reader file;
-  if (file_open(&file, path))
-    return NULL;
-  orepa_archive *archive = safetensors_read(&file, device);
-  file_close(&file);
-  return archive;
-}
-
 /* ---- writing ---- */
 
 typedef struct {

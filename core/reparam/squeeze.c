@@ -117,10 +117,10 @@ static int squeeze_backward_pass(autograd_node *node, orepa_tensor *given, orepa
 
 static const autograd_op squeeze_op = {"squeeze", squeeze_backward_pass, squeeze_dispose};
 
-/* A chain of one leaf has no kernel but the tensor that it was given, or its constant: the result is another. */
+/* A leaf alone has no kernel but the tensor that it was given, or its constant: the result is another. */
 static orepa_tensor *own_kernel(orepa_tree *tree, const squeeze_forward *f) {
   orepa_tensor *w = squeeze_kernel(tree, f);
-  if (!w || tree->form != TREE_CHAIN || tree->count > 1)
+  if (!w || tree->form != TREE_CHAIN || tree->count > 1 || tree->children[0]->form != TREE_LEAF)
     return w;
   orepa_tensor *copy = orepa_clone(w);
   orepa_release(w);

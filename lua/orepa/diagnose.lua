@@ -13,7 +13,7 @@ local diagnose = {}
 
 -- {path, block} of each block that still has its branches.
 local function blocks_of(where, net)
-  if not module.internal.is_module(net) then core.fail(("diagnose.%s: a module expected, got %s"):format(where, type(net))) end
+  module.internal.need_module("diagnose." .. where, net)
   local list = {}
   for path, part in net:named_modules() do
     if part.plan and part.mode ~= "deploy" then list[#list + 1] = { path, part } end
@@ -103,7 +103,7 @@ local Watch = {}
 Watch.__index = Watch
 
 function diagnose.watch(net)
-  local watch = setmetatable({ net = net, start = {} }, Watch)
+  local watch = setmetatable({ start = {} }, Watch)
   for k, entry in ipairs(blocks_of("watch", net)) do
     watch.start[k] = { path = entry[1], block = entry[2], kernels = kernels_of(entry[2]) }
   end
@@ -149,7 +149,7 @@ end
 local function visit_inputs(net, list, x, see)
   local hooks = {}
   for k, entry in ipairs(list) do
-    hooks[k] = entry[2]:register_forward_hook(function(block, inputs) see(entry[1], block, inputs[1], inputs[2]) end)
+    hooks[k] = entry[2]:register_forward_hook(function(block, inputs) see(entry[1], block, inputs[1]) end)
   end
   local done, problem = pcall(function() core.no_grad(function() net(x) end) end)
   for _, hook in ipairs(hooks) do hook.remove() end
@@ -162,10 +162,10 @@ local function exact(block, x)
   return F.conv2d(x:to("ref"):to("float64"), weight:to("ref"), bias:to("ref"), block.geometry)
 end
 
+-- What it is once it is deployed.
 local function deployed(block, x)
-  local copy = block:clone():deploy()
-  local name = copy.options.deployed
-  return F.conv2d(x, copy[name .. ".weight"], copy[name .. ".bias"], copy.geometry)
+  local weight, bias = block:fold()
+  return F.conv2d(x, weight, bias, block.geometry)
 end
 
 function diagnose.deployment(net, x)

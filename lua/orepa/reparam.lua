@@ -274,14 +274,14 @@ local function build_branch(plan, b, s)
     if l.norm ~= false then with_norms = with_norms + 1 end
   end
   local c, size, number, norm_number = s.input, { 1, 1 }, 0, 0
-  local chain, trees = { layers = {}, kernel = size, correlate = b.correlate and true or false }, {}
+  local chain, trees, correlate = { layers = {}, kernel = size }, {}, b.correlate and true or false
   plan.path = namer(plan.root, s.branch)
   for k, l in ipairs(layers) do
     if has_parameters[l[FORM]] then number = number + 1 end
     if l.norm ~= false then norm_number = norm_number + 1 end
     local layer, whole_tree = build_layer(plan, l, { where = s.where, branch = s.branch, position = k, channels = c, out = s.out,
       last = k == last, number = with_parameters > 1 and tostring(number) or "", init = s.init, nested = s.nested,
-      norm_number = with_norms > 1 and tostring(norm_number) or "", correlate = chain.correlate })
+      norm_number = with_norms > 1 and tostring(norm_number) or "", correlate = correlate })
     c, trees[k], chain.layers[k] = layer.output, whole_tree, layer
     for d = 1, 2 do size[d] = size[d] + layer.kernel[d] - 1 end
   end
@@ -292,7 +292,7 @@ local function build_branch(plan, b, s)
     need((s.kernel[d] - size[d]) % 2 == 0, s.where, "its kernel of %s has no centre in the block's %s", size_text(size),
       size_text(s.kernel))
   end
-  return tree.chain(trees, plan.groups, chain.correlate), chain
+  return tree.chain(trees, plan.groups, correlate), chain
 end
 
 -- ---- sums: the block's own, and nests ----

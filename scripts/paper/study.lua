@@ -12,6 +12,7 @@ local variants = require "variants"
 local orepa = require "orepa"
 local models = require "orepa.models"
 local datasets = require "orepa.datasets"
+local options = require "orepa.options"
 local data, optim, train = orepa.data, orepa.optim, orepa.train
 
 local study = { charts = charts, measure = measure, variants = variants }
@@ -40,30 +41,30 @@ end
 local function runs_path() return study.args.out .. "/runs.jsonl" end
 
 local function key_of(run)
-  local names = {}
-  for name in pairs(run) do names[#names + 1] = name end
-  table.sort(names)
   local parts = {}
-  for k, name in ipairs(names) do parts[k] = name .. "=" .. tostring(run[name]) end
+  for k, name in ipairs(options.names(run)) do parts[k] = name .. "=" .. tostring(run[name]) end
   return table.concat(parts, " ")
 end
 
-local function kept_runs()
-  local kept = {}
+local function read_runs()
+  local runs = {}
   local file <close> = io.open(runs_path())
   for line in file and file:lines() or function() end do
     local entry = cjson.decode(line)
-    kept[entry.key] = entry.result
+    runs[entry.key] = entry.result
   end
-  return kept
+  return runs
 end
+
+local kept -- by key; read when first asked for
 
 -- What `f` gave for a run before, or gives now.
 local function once(run, f)
   local key = key_of(run)
-  local result = kept_runs()[key]
-  if result then return result end
-  result = f()
+  kept = kept or read_runs()
+  if kept[key] then return kept[key] end
+  local result = f()
+  kept[key] = result
   local file <close> = assert(io.open(runs_path(), "a"))
   assert(file:write(cjson.encode { key = key, result = result }, "\n"))
   return result

@@ -10,6 +10,7 @@ local layers = require "orepa.nn.layers"
 local options = require "orepa.options"
 local reparam = require "orepa.reparam"
 local F, tree, internal = core.F, core.tree, module.internal
+local done_with = internal.done_with
 local required, optional, with = options.required, options.optional, options.with
 
 local KEPT = {} -- the key of a block's folded kernel
@@ -171,6 +172,11 @@ local function dtype_of(self)
   return (slots(self)[1] or self:parameters()[1]).dtype
 end
 
+-- Of an offline block: the list of its branches' kernels, their sum, and the sum's bias (nil: zero), in float64.
+local function folded_branches(self)
+  return core.no_grad(function() return branches.fold(self, slots(self, to_float64)) end)
+end
+
 -- The kernel of the block, or that of a nest inside.
 function ReparamBlock:squeezed_weight(nest)
   need_branches(self, "squeezed_weight")
@@ -180,16 +186,14 @@ function ReparamBlock:squeezed_weight(nest)
     return tree.squeeze(sum, slots(self))
   end
   if self.mode == "online" then return tree.squeeze(self.plan.tree, slots(self)) end
-  return core.no_grad(function()
-    local _, sum = branches.fold(self, slots(self, to_float64))
-    return sum:to(dtype_of(self))
-  end)
+  local _, sum = folded_branches(self)
+  return sum:to(dtype_of(self))
 end
 
 function ReparamBlock:branch_weights()
   need_branches(self, "branch_weights")
   local list, weights = slots(self), {}
-  local kernels = self.mode == "offline" and core.no_grad(function() return (branches.fold(self, slots(self, to_float64))) end)
+  local kernels = self.mode == "offline" and folded_branches(self)
   for k, name in ipairs(self.plan.branches) do
     weights[name] = kernels and kernels[k]:to(dtype_of(self)) or tree.branch(self.plan.tree, k, list)
   end
@@ -211,10 +215,8 @@ end
 
 -- The sum of the branches; its bias is nil where it is zero.
 local function folded_sum(self)
-  local list = slots(self, to_float64)
-  if self.mode == "online" then return tree.squeeze(self.plan.tree, list) end
-  local _, weight, bias = branches.fold(self, list)
-  return weight, bias
+  if self.mode == "online" then return tree.squeeze(self.plan.tree, slots(self, to_float64)) end
+  return select(2, folded_branches(self))
 end
 
 local function folded(self, dtype)
@@ -306,11 +308,6 @@ function ReparamBlock:changed()
 end
 
 -- ---- forward ----
-
--- Drops a handle that only this function saw.
-local function done_with(t)
-  if internal.no_hooks() then t:release() end
-end
 
 local function finished(self, y, residual)
   if self.se then

@@ -6,7 +6,7 @@
 -- before takes v off by itself where nothing but zero came to it.
 
 local core = require "orepa.core"
-local module = require "orepa.nn.module"
+local done_with = require("orepa.nn.module").internal.done_with
 local F, tree = core.F, core.tree
 
 local branches = {}
@@ -19,14 +19,11 @@ end
 
 -- The places of the layers that are padded and strided.
 local function places(layers)
-  local padded, strided = #layers, #layers
-  for k = #layers, 1, -1 do
-    if is_larger(layers[k]) then padded = k end
-  end
+  local first, last
   for k = 1, #layers do
-    if is_larger(layers[k]) then strided = k end
+    if is_larger(layers[k]) then first, last = first or k, k end
   end
-  return padded, strided
+  return first or #layers, last or #layers
 end
 
 -- Adds to a chain `geometry`, one for each layer; `padded`, a layer; `crop`, {before, after, ...} where the map is cut there;
@@ -50,10 +47,9 @@ end
 
 -- ---- one layer ----
 
--- The kernel of a layer on its own, in its own groups; with x, for a convolution of x alone.
-local function kernel_of(block, layer, slots, x, geometry)
-  if layer.plain then return block[layer.path] end
-  return tree.squeeze(layer.tree, slots, x, x and geometry)
+-- The kernel of a layer on its own, in its own groups.
+local function kernel_of(block, layer, slots)
+  return layer.plain and block[layer.path] or tree.squeeze(layer.tree, slots)
 end
 
 -- Whether the pool does what the layer's constant kernel would.
@@ -116,7 +112,7 @@ end
 -- ---- one branch ----
 
 local function release(t, keep)
-  if t ~= keep and module.internal.no_hooks() then t:release() end
+  if t ~= keep then done_with(t) end
 end
 
 -- On its way through a branch: the map x, the padding's value v (nil: zero), whether v is off the map already.
@@ -139,9 +135,8 @@ function Pass:run(block, chain, k, slots, factor)
   local layer, geometry, at_padding = chain.layers[k], chain.geometry[k], k == chain.padded
   local norm = layer.norm and block[layer.norm]
   if at_padding and chain.crop then self:take(core.pad(self.x, chain.crop)) end
-  local padded = at_padding and self.v -- by v all taps are met, also on a small map
-  local kernel = kernel_of(block, layer, slots, not padded and self.x or nil, geometry)
-  local constant = padded and self:take_off(layer, kernel, norm) or nil
+  local kernel = kernel_of(block, layer, slots)
+  local constant = at_padding and self.v and self:take_off(layer, kernel, norm) or nil
   local taken = constant and takes_constants(norm)
   self:take(run_layer(layer, self.x, kernel, not norm and factor or nil, not taken and constant or nil, geometry))
   if norm then

@@ -46,6 +46,12 @@ local function origin_of(chains, kernel)
   end
 end
 
+local function copy_norm(from, to)
+  for _, name in ipairs { "weight", "bias", "running_mean", "running_var" } do
+    if from[name] then to[name]:copy_(from[name]) end
+  end
+end
+
 -- Norms behind branches: the origin's gets the statistics of the plain convolution's, the others start at its scale, so that all
 -- branches count alike.
 local function prepare_norms(made, chain, source, scale)
@@ -53,18 +59,12 @@ local function prepare_norms(made, chain, source, scale)
     local last = other.layers[#other.layers].norm
     local norm = last and made[last]
     if norm and other == chain and source.norm then
-      for _, name in ipairs { "weight", "bias", "running_mean", "running_var" } do norm[name]:copy_(source.norm[name]) end
+      copy_norm(source.norm, norm)
     elseif norm and other == chain then
       norm.running_var:fill_(1 - norm.options.eps)
     elseif norm and scale then
       norm.weight:copy_(scale)
     end
-  end
-end
-
-local function copy_norm(from, to)
-  for _, name in ipairs { "weight", "bias", "running_mean", "running_var" } do
-    if from[name] then to[name]:copy_(from[name]) end
   end
 end
 
@@ -120,7 +120,7 @@ local function maker(kind)
 end
 
 function reparam.expand(net, kind, o)
-  if not internal.is_module(net) then core.fail(("expand: a module expected, got %s"):format(type(net))) end
+  internal.need_module("expand", net)
   o = options("expand", o, { post_bn = false })
   local make, found = maker(kind), {}
   for path, part in net:named_modules() do

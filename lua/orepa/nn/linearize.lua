@@ -4,7 +4,6 @@
 local core = require "orepa.core"
 local document = require "orepa.document"
 local module = require "orepa.nn.module"
-local branches = require "orepa.nn.branches"
 local block = require "orepa.nn.block"
 local options = require "orepa.options"
 local reparam = require "orepa.reparam"
@@ -110,8 +109,7 @@ local function put_factor(self, chain, name, values, factor, rows)
     rest = factor / mean
     if (rest - 1):abs():max():item() < 1e-12 then return end
   end
-  local without_rows = { layers = chain.layers }
-  if not scale_chain(values, without_rows, rest) then
+  if not scale_layers(values, chain.layers, #chain.layers, rest) then
     refuse(self, name, "it has no parameter that could take its scale; scaling = \"vector\" has a place for it")
   end
 end
@@ -121,12 +119,6 @@ local function write(block_, values)
     local value = values[p.name]
     if value then block_[p.name]:copy_(value) end
   end
-end
-
-local function sum_shift(self, list)
-  local _, _, bias = branches.fold(self, list)
-  bias = bias or core.zeros({ self.options.out_channels }, { dtype = "float64", device = list[1].device })
-  return self.options.bias and bias + self.bias:to("float64") or bias
 end
 
 local function linearized(self, o)
@@ -139,18 +131,11 @@ local function linearized(self, o)
   core.no_grad(function()
     local values = {}
     for _, p in ipairs(self.plan.parameters) do values[p.name] = self[p.name]:to("float64") end
-    local list = {}
-    for _, p in ipairs(self.plan.parameters) do list[p.slot] = values[p.name] end
-    for _, c in ipairs(self.plan.constants) do list[c.slot] = self[c.name]:to("float64") end
-    local shift, norm = sum_shift(self, list), self.options.post_bn and self[self.options.post_bn]
-    local s, t
-    if norm then
-      s, t = norm:fold()
-      shift = shift * s + t
-    end
+    local _, shift = self:fold("float64")
+    local norm = self.options.post_bn and self[self.options.post_bn]
+    local s = norm and (norm:fold()) or nil
     local factors = factors_of(self, values, not made.options.post_bn and s or nil)
-    local rows = made.plan.chains[1] and made.vector and made.vector:to("float64")
-    values.vector = nil
+    local rows = made.vector and made.vector:to("float64")
     for k, chain in ipairs(made.plan.chains) do
       put_factor(self, chain, made.plan.branches[k], values, factors[k], rows)
     end
@@ -175,7 +160,7 @@ end
 local known = { scaling = "vector", post_bn = true }
 
 function reparam.linearize(net, o)
-  if not internal.is_module(net) then core.fail(("linearize: a module expected, got %s"):format(type(net))) end
+  internal.need_module("linearize", net)
   o = options("linearize", o, known)
   if net.mode == "offline" then return linearized(net, o) end
   local found = {}

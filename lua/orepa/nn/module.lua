@@ -3,6 +3,7 @@
 
 local core = require "orepa.core"
 local document = require "orepa.document"
+local with = require("orepa.options").with
 local state = require "orepa.state"
 
 local ORDER, BUFFERS, HOOKS, WRAPPED = {}, {}, {}, {} -- keys of an instance's private fields
@@ -57,6 +58,10 @@ end
 
 local function is_module(value)
   return type(value) == "table" and rawget(value, ORDER) ~= nil
+end
+
+local function need_module(where, value)
+  if not is_module(value) then core.fail(("%s: a module expected, got %s"):format(where, type(value))) end
 end
 
 -- ---- walking ----
@@ -196,7 +201,7 @@ end
 function Module:replace(path, module)
   local owner, field = owner_of(self, path)
   if not owner then core.fail(("%s has no module at '%s'"):format(self.class_name, path)) end
-  if not is_module(module) then core.fail(("replace: a module expected, got %s"):format(type(module))) end
+  need_module("replace", module)
   owner:set_child(field, module)
   return self
 end
@@ -218,12 +223,6 @@ end
 
 -- ---- copies ----
 
-local function shallow(t)
-  local copy = {}
-  for key, value in pairs(t) do copy[key] = value end
-  return copy
-end
-
 local function copied_tensor(t, copies)
   if not copies[t] then
     local copy = t:detach():clone()
@@ -240,7 +239,7 @@ local function copied(module, copies)
   copies[module] = copy
   for key, value in next, module do
     if key == ORDER or key == BUFFERS or key == "changes" then
-      value = shallow(value)
+      value = with(value, {})
     elseif is_module(value) then
       value = copied(value, copies)
     elseif core.is_tensor(value) then
@@ -406,8 +405,11 @@ end
 
 -- ---- what containers and blocks ask ----
 
+local function no_hooks() return hooks == 0 end
+
 local internal = {
   is_module = is_module,
+  need_module = need_module,
   note = note,
   -- Whether a buffer still is what the module's definition says.
   is_constant = function(module, name) return module[BUFFERS][name] == "constant" end,
@@ -419,7 +421,11 @@ local internal = {
     return rawget(getmetatable(module).__index, "library") == true
   end,
   WRAPPED = WRAPPED, -- the key of what a module wraps
-  no_hooks = function() return hooks == 0 end,
+  no_hooks = no_hooks,
+  -- Drops a handle that only the caller saw.
+  done_with = function(t)
+    if no_hooks() then t:release() end
+  end,
   -- Parameters that a block no longer has, and why, so that an optimizer that still holds them can say so.
   gone = setmetatable({}, { __mode = "k" }),
 }
