@@ -117,14 +117,30 @@ static int squeeze_backward_pass(autograd_node *node, orepa_tensor *given, orepa
 
 static const autograd_op squeeze_op = {"squeeze", squeeze_backward_pass, squeeze_dispose};
 
+static bool is_leaf_alone(const orepa_tree *node) {
+  while (node->form == TREE_CHAIN && node->count == 1)
+    node = node->children[0];
+  return node->form == TREE_LEAF;
+}
+
 /* A leaf alone has no kernel but the tensor that it was given, or its constant: the result is another. */
 static orepa_tensor *own_kernel(orepa_tree *tree, const squeeze_forward *f) {
   orepa_tensor *w = squeeze_kernel(tree, f);
-  if (!w || tree->form != TREE_CHAIN || tree->count > 1 || tree->children[0]->form != TREE_LEAF)
+  if (!w || !is_leaf_alone(tree))
     return w;
   orepa_tensor *copy = orepa_clone(w);
   orepa_release(w);
   return copy;
+}
+
+/* A chain of one layer hands that layer's kernel on as its own. Where it is the result, the node would hold what holds
+ * the node; and no product needs it. */
+static void let_go_of_result(orepa_tensor **kept, int count, orepa_tensor *w) {
+  for (int k = 0; kept && k < count; k++)
+    if (kept[k] == w) {
+      orepa_release(kept[k]);
+      kept[k] = NULL;
+    }
 }
 
 orepa_tensor *orepa_squeeze(orepa_tree *tree, int count, orepa_tensor *const *slots, const orepa_taps *taps) {
@@ -145,6 +161,7 @@ orepa_tensor *orepa_squeeze(orepa_tree *tree, int count, orepa_tensor *const *sl
   bool was = orepa_set_grad_enabled(false);
   orepa_tensor *w = own_kernel(tree, &f);
   orepa_set_grad_enabled(was);
+  let_go_of_result(kept, 2 * (tree->id + 1), w);
   autograd_node *node = NULL;
   if (w && autograd_record(&squeeze_op, w, slots, count, count, sizeof(squeeze_payload), &node))
     w = tensor_fail(w);

@@ -266,4 +266,25 @@ describe("a description", function()
     for l = 1, 256 do b[l] = { form = "conv", 1 } end
     check({ in_channels = 2, out_channels = 2, kernel_size = 1, scaling = "none", post_bn = false, branches = { b } }, 1)
   end)
+
+  -- A description of one layer hands that layer's kernel on: what is kept for the gradient must not hold what holds it.
+  local function nest(...) return L.nest { 3, scaling = "none", branches = { ... } } end
+  for name, layer in pairs {
+    ["a description alone"] = nest({ L.conv { 1 } }, { L.conv { 3 } }),
+    ["a description of a description"] = nest { nest({ L.conv { 1 } }, { L.conv { 3 } }) },
+    ["a layer alone"] = L.conv { 3 },
+    ["a layer in descriptions"] = nest { nest { L.conv { 3 } } },
+  } do
+    it(("of %s is let go of with its kernel, where no gradient is asked for"):format(name), function()
+      local block = nn.ReparamBlock { in_channels = 4, out_channels = 4, kernel_size = 3, mode = "offline",
+        branches = { { layer } } }
+      local x = orepa.ones(1, 4, 4, 4)
+      local function live_after(count)
+        for _ = 1, count do assert.is_true(block(x).requires_grad) end
+        collectgarbage() collectgarbage()
+        return orepa.memory().live
+      end
+      assert.equal(live_after(1), live_after(5))
+    end)
+  end
 end)
