@@ -168,12 +168,13 @@ at the speed of the second cache. `norm_backward` reads its maps twice and write
 step, squeezing is a quarter: two thirds of that are products at 410 GFLOP/s, the rest reads and writes each parameter once
 and its gradient once. In ResNet-50 a third of the step is 1x1 convolutions, which oneDNN computes at 260 to 300 GFLOP/s.
 
-Tried without gain: 1x1 convolutions by our own panels in training (10 to 15 % slower than oneDNN's), strided ones by implicit
-panels, fetching the rows of the squeeze's next run ahead (the products take longer by what the packing saves), rectangles of
-half the size in the weight gradient, lowering the stem's weight gradient to a product, keeping the pooled stem's gradient
-instead of gathering it twice, oneDNN's PReLU post-op in the deployed network (runs its reference code). Convolutions of 3x3
-with stride 2 go by Winograd's way where that was measured to pay (81 products instead of 144); their kernels' transforms cost
-too much at 512 channels.]]
+Tried without gain: 1x1 convolutions as products of our own in training, which normalise their input while they pack it and
+measure their output while it is in the cache (by shape 0.8 to 1.8 times oneDNN's speed; 1.5 % of ResNet-50's step, nothing of
+DBB's or OREPA-VGG's: not worth the code), strided ones by implicit panels, fetching the rows of the squeeze's next run ahead
+(the products take longer by what the packing saves), rectangles of half the size in the weight gradient, lowering the stem's
+weight gradient to a product, keeping the pooled stem's gradient instead of gathering it twice, oneDNN's PReLU post-op in the
+deployed network (runs its reference code). Convolutions of 3x3 with stride 2 go by Winograd's way where that was measured to
+pay (81 products instead of 144); their kernels' transforms cost too much at 512 channels.]]
 
 -- Markdown; charts are drawn into the folder, beside which the page lies.
 function page.text(parts, records, folder)
