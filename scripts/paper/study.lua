@@ -186,7 +186,9 @@ function study.publish(name, title, rows, values)
   local a, text = study.args, markdown(rows)
   io.write(title, "\n\n", text)
   measure.write_file(("%s/%s.md"):format(a.out, name), text)
-  local all = { title = title, rows = rows, values = values, options = a }
+  local made = options.with(a, {})
+  made.out = nil -- a path of this machine
+  local all = { title = title, rows = rows, values = values, options = made }
   measure.write_file(("%s/%s.json"):format(a.out, name), cjson.encode(all) .. "\n")
 end
 
