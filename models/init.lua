@@ -104,8 +104,7 @@ function models.save(net, path, meta)
     given[key] = value
   end
   if not changes then given.deploy = is_deployed(net) or nil end
-  local all = { model = net.model_name, model_options = encoded(given), model_changes = changes }
-  for key, value in pairs(meta or {}) do all[key] = value end
+  local all = options.with({ model = net.model_name, model_options = encoded(given), model_changes = changes }, meta or {})
   local tensors, order = net:state_dict()
   orepa.save(path, tensors, all, order)
 end

@@ -6,6 +6,7 @@ local document = require "orepa.document"
 local L = require "orepa.reparam"
 local layers = require "orepa.nn.layers"
 local ReparamBlock = require("orepa.nn.block").ReparamBlock
+local with = require("orepa.options").with
 
 local nn = {}
 
@@ -20,8 +21,7 @@ end
 
 -- Options without some that are the named block's own.
 local function without(o, ...)
-  local rest = {}
-  for key, value in pairs(o) do rest[key] = value end
+  local rest = with(o, {})
   for _, name in ipairs { ... } do rest[name] = nil end
   return rest
 end
