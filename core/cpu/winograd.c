@@ -36,8 +36,8 @@ enum {
   STRIDED_FOR_DATA = 100,
   STRIDED_FOR_WEIGHT = 48, /* from fewer channels on: */
   STRIDED_CHANNELS_FOR_WEIGHT = 32,
-  STRIDED_IF_WIDE = 32, /* tiles for the weight gradient of as many channels as */
-  STRIDED_WIDE = 256,
+  STRIDED_IF_WIDE = 32, /* tiles for the weight gradient of as many pairs of channels as */
+  STRIDED_WIDE = 256 * 256,
 };
 
 static int64_t tiles_of(const conv_geometry *g, const int64_t size[2]) {
@@ -53,7 +53,7 @@ static bool is_at_least(const int64_t size[2], int64_t least) {
 static bool strided_suits(conv_direction direction, const conv_geometry *g, int64_t channels, bool kept) {
   bool weight = direction == CONV_BACKWARD_WEIGHT;
   int64_t least = weight ? STRIDED_CHANNELS_FOR_WEIGHT : STRIDED_CHANNELS;
-  int64_t tiles = weight                            ? (channels >= STRIDED_WIDE ? STRIDED_IF_WIDE : STRIDED_FOR_WEIGHT)
+  int64_t tiles = weight ? (g->in * g->out >= STRIDED_WIDE ? STRIDED_IF_WIDE : STRIDED_FOR_WEIGHT)
                   : direction == CONV_BACKWARD_DATA ? STRIDED_FOR_DATA
                   : kept                            ? STRIDED_IF_KEPT
                                                     : STRIDED_TILES;

@@ -45,6 +45,10 @@ A training step of OREPA-ResNet-18 beside our own step of plain ResNet-18 (`none
 A training step of ResNet-50 on 8 images, plain and with OREPA blocks.]],
     "step.lua --model resnet50 --reparam none --batch-size 8 --peers " .. ALL .. SHORT,
     "step.lua --model resnet50 --reparam orepa --batch-size 8 --peers none:ours," .. ALL .. SHORT },
+  { name = "branches", title = "Blocks that run their branches on the map", about = [[
+A training step of DBB-ResNet-18 on 16 images and of OREPA-VGG-A0 (identity, squeezed 3x3 and 1x1, each with a norm) on 8.]],
+    "step.lua --reparam dbb --batch-size 16 --peers channels-last,compiled-channels-last" .. SHORT,
+    "step.lua --model repvgg_a0 --reparam orepa_vgg --batch-size 8 --peers channels-last,compiled-channels-last" .. SHORT },
   { name = "bfloat16", title = "bfloat16", about = [[
 A training step of ResNet-18 with convolutions and the maps between them in bfloat16, beside PyTorch's autocast.]],
     "step.lua --precision bf16 --reparam none --batch-size 16 --peers bfloat16,compiled-bfloat16" .. SHORT,

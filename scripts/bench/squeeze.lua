@@ -11,6 +11,7 @@ package.path = (arg[0]:match "^.*/" or "") .. "?.lua;" .. package.path
 local measure = require "measure"
 local workload = require "workload"
 local orepa = require "orepa"
+local options = require "orepa.options"
 local F = orepa.F
 
 local parser = argparse("squeeze.lua", "Times the squeezing of a network's blocks.")
@@ -23,11 +24,14 @@ local dtype = workload.dtype(compute) -- of maps and their gradients
 -- ---- blocks ----
 
 -- Multiply-adds of a squeeze's products; a block that is none of these has no count.
+local function orepa_products(o, i, k)
+  local expand = 8
+  return o * i * k * k * (i + expand)
+end
+
 local products = {
-  OREPA = function(o, i, k)
-    local expand = 8
-    return o * i * k * k * (i + expand)
-  end,
+  OREPA = orepa_products,
+  OREPAVGG = orepa_products, -- of its 3x3 branch
   OREPA1x1 = function(o, i) return o * i * math.min(o, i) end,
   OREPALargeConv = function(o, i, k)
     local macs = 0
@@ -40,24 +44,31 @@ local products = {
   end,
 }
 
--- `is_first`: its input are the images, which need no gradient.
-local function describe(path, block, x, y, is_first)
+-- `nest`: the branch that is squeezed, nil: the block. `is_first`: its input are the images, which need no gradient.
+local function describe(path, block, nest, x, y, is_first)
   local o = block.options
   local text = ("%s %dx%d%s, %d -> %d, %dx%d"):format(block.kind, o.kernel_size[1], o.kernel_size[2],
     o.stride[1] ~= 1 and " stride " .. o.stride[1] or "", o.in_channels, o.out_channels, x.shape[3], x.shape[4])
   local count = products[block.kind]
   local macs = count and o.groups == 1 and count(o.out_channels, o.in_channels, o.kernel_size[1])
-  return { text = text, path = path, block = block, input = x.shape, output = y.shape, squeeze_macs = macs or nil,
+  if nest then path = path .. "." .. nest end
+  return { text = text, path = path, block = block, nest = nest, input = x.shape, output = y.shape, squeeze_macs = macs or nil,
     is_first = is_first }
+end
+
+-- What a block squeezes: itself, or the nests of one that runs its branches on the map.
+local function squeezes(block)
+  if not block.squeezed_weight or block.plan.plain then return {} end
+  return block.mode == "online" and { false } or options.names(block.plan.nests)
 end
 
 -- The blocks that squeeze, each distinct geometry once, in the order in which a pass meets them.
 local function distinct_blocks(net)
   local list, hooks = {}, {}
   for path, module in net:named_modules() do
-    if module.squeezed_weight and not module.plan.plain then
+    for _, nest in ipairs(squeezes(module)) do
       hooks[#hooks + 1] = module:register_forward_hook(function(block, inputs, y)
-        list[#list + 1] = describe(path, block, inputs[1], y, #list == 0)
+        list[#list + 1] = describe(path, block, nest or nil, inputs[1], y, #list == 0)
       end)
     end
   end
@@ -75,9 +86,9 @@ local function timed(f)
   return orepa.clock() - start, result
 end
 
-local function squeeze_once(block, dw)
-  block:zero_grad()
-  local forward, w = timed(function() return block:squeezed_weight() end)
+local function squeeze_once(b, dw)
+  b.block:zero_grad()
+  local forward, w = timed(function() return b.block:squeezed_weight(b.nest) end)
   local backward = timed(function() w:backward(dw) end)
   w:release()
   return { forward = forward, backward = backward }
@@ -103,10 +114,10 @@ end
 local function run_block(b)
   b.input[1], b.output[1] = args.batch_size, args.batch_size
   local x, dy = orepa.randn(b.input):to(dtype), orepa.randn(b.output):to(dtype)
-  local w = b.block:squeezed_weight():detach()
+  local w = b.block:squeezed_weight(b.nest):detach()
   local dw = orepa.randn(w.shape)
   for step = 0, args.steps do
-    local squeeze, conv = squeeze_once(b.block, dw), convolve_once(b, x, w, dy)
+    local squeeze, conv = squeeze_once(b, dw), convolve_once(b, x, w, dy)
     if step > 0 then
       add(b.squeeze, squeeze)
       add(b.conv, conv)
