@@ -191,7 +191,15 @@ int autograd_continue(orepa_tensor *y, orepa_tensor *dy) {
   return y->node ? deliver(running, y->node, y->output, dy) : accumulate_leaf(y, dy);
 }
 
+static atomic_bool interrupted;
+
+void orepa_interrupt(bool on) {
+  atomic_store(&interrupted, on);
+}
+
 static int call_backward(autograd_node *node, const autograd_arrival *a, orepa_tensor **dx) {
+  if (atomic_load_explicit(&interrupted, memory_order_relaxed))
+    return error_set("backward: interrupted");
   if (node->busy)
     return error_set("backward: a pass inside the backward function of '%s' leads through that op itself",
                      node->op->name);

@@ -90,6 +90,10 @@ OREPA_API void orepa_empty_cache(const orepa_device *device);
 /* Seconds on a monotonic clock. */
 OREPA_API double orepa_clock(void);
 
+/* On: a backward pass ends with an error before its next op, one that runs already and later ones. May be called from a
+ * signal's handler. */
+OREPA_API void orepa_interrupt(bool on);
+
 /* Floating-point operations a second, a multiply-add counted as two, that the processor reaches in float32 on all of
  * orepa_threads with the instruction set in use: independent multiply-adds on registers, no memory. The best of what is
  * seen in 1 to 1000 milliseconds; -1 and a message for any other number. */
