@@ -21,12 +21,12 @@ local show
 
 -- The items of a table as text: those of the list part, then the others by their keys.
 local function items_of(t, depth, above)
-  local items, length = {}, #t
+  local items, length = {}, rawlen(t)
   local function add(text) items[#items + 1] = text end
-  for k = 1, math.min(length, ITEMS) do add(show(t[k], depth + 1, above)) end
+  for k = 1, math.min(length, ITEMS) do add(show(rawget(t, k), depth + 1, above)) end
   if length > ITEMS then add(("... %d more"):format(length - ITEMS)) end
   local others = {}
-  for key in pairs(t) do
+  for key in next, t do
     if not (math.type(key) == "integer" and key >= 1 and key <= length) then others[#others + 1] = key end
   end
   table.sort(others, function(a, b)
@@ -35,7 +35,7 @@ local function items_of(t, depth, above)
   end)
   for k = 1, math.min(#others, ITEMS) do
     local key = others[k]
-    add((is_name(key) and key or ("[%s]"):format(show(key, depth + 1, above))) .. " = " .. show(t[key], depth + 1, above))
+    add((is_name(key) and key or ("[%s]"):format(show(key, depth + 1, above))) .. " = " .. show(rawget(t, key), depth + 1, above))
   end
   if #others > ITEMS then add(("... %d more"):format(#others - ITEMS)) end
   return items
@@ -131,15 +131,15 @@ local function names_of(value)
   return found
 end
 
+-- The documented names that have the text in them; if there are none, those whose documentation has.
 local function names_with(text)
   if documentation[text] then return { text } end
-  local exact, found = {}, {}
-  local wanted = text:lower()
+  local wanted, named, mentioned = text:lower(), {}, {}
   for _, name in ipairs(options.names(documentation)) do
-    if name:match "[^%.:]+$" == text then exact[#exact + 1] = name end
-    if name:lower():find(wanted, 1, true) or documentation[name]:lower():find(wanted, 1, true) then found[#found + 1] = name end
+    if name:lower():find(wanted, 1, true) then named[#named + 1] = name end
+    if documentation[name]:lower():find(wanted, 1, true) then mentioned[#mentioned + 1] = name end
   end
-  return #exact > 0 and exact or found
+  return #named > 0 and named or mentioned
 end
 
 local HELP = [[

@@ -65,7 +65,7 @@ describe("the program", function()
   it("explains itself", function()
     for _, option in ipairs { "--help", "-h" } do
       local text, code = run { option }
-      has(text, "usage: orepa script.lua [argument ...]")
+      has(text, "usage: orepa [-i] [-e code] [script.lua [argument ...]]")
       assert.equal(0, code)
     end
     local text, code = run { "--version" }
@@ -76,7 +76,7 @@ describe("the program", function()
 
   it("takes no unknown option, and no script that is not there", function()
     refuses("unknown option '--fast'", { "--fast" })
-    refuses("usage:", {})
+    refuses("no code behind '-e'", { "-e" })
     refuses("nowhere.lua", { "nowhere.lua" })
     refuses("syntax.lua:1: <name> expected near '='", { script("syntax.lua", "local = 1") })
   end)
