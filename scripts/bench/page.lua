@@ -174,8 +174,9 @@ DBB's or OREPA-VGG's: not worth the code), strided ones by implicit panels, fetc
 (the products take longer by what the packing saves), rectangles of half the size in the weight gradient, lowering the stem's
 weight gradient to a product, keeping the pooled stem's gradient instead of gathering it twice, oneDNN's PReLU post-op in the
 deployed network (runs its reference code), the gradients of norms whose results are added taken in one pass (a fifth faster on
-warm maps, nothing in a step, where each map comes from memory once either way). Convolutions of 3x3 with stride 2 go by Winograd's way where that was measured to
-pay (81 products instead of 144); their kernels' transforms cost too much at 512 channels.]]
+warm maps, nothing in a step, where each map comes from memory once either way). Convolutions of 3x3 with stride 2 go by
+Winograd's way where that was measured to pay (81 products instead of 144); their kernels' transforms cost too much at 512
+channels.]]
 
 -- Markdown; charts are drawn into the folder, beside which the page lies.
 function page.text(parts, records, folder)
