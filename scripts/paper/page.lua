@@ -21,7 +21,8 @@ and channel.]] },
   { "table2", [[
 The paper adds one component after the other and reports each one's gain on ImageNet. Here the same branches are added in the
 order of the rows, each row with all before it: online with scalings, and offline with a norm behind every layer. 1x1
-convolutions of a ResNet-18 are shortcuts alone, which stay plain in the reference too.]] },
+convolutions of a ResNet-18 are shortcuts alone, which stay plain in the reference too. From the average on, offline runs end
+points apart from seed to seed: with a norm behind every layer the loss jumps while the rate is highest, online it does not.]] },
   { "table3", [[
 The paper finds scalings for each channel better than one for each branch, those better than none, and training to diverge
 without a norm behind the sum. A run that diverges is stopped at the first loss that is not finite; the last column is what it
