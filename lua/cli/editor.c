@@ -3,10 +3,12 @@
 
 #include <errno.h>
 #include <histedit.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/select.h>
 #include <unistd.h>
 #include <wchar.h>
 
@@ -35,19 +37,36 @@ static char *prompt(EditLine *line) {
   return (char *)editor.prompt;
 }
 
+/* Waits for input; false if Ctrl-C came before it. The signal is let in only while this waits, so that none is missed.
+ */
+static bool wait_for_input(void) {
+  fd_set input;
+  sigset_t interrupt, usual;
+  FD_ZERO(&input);
+  FD_SET(STDIN_FILENO, &input);
+  sigemptyset(&interrupt);
+  sigaddset(&interrupt, SIGINT);
+  sigprocmask(SIG_BLOCK, &interrupt, &usual);
+  bool came = interrupt_came();
+  while (!came && pselect(STDIN_FILENO + 1, &input, NULL, NULL, NULL, &usual) < 0 && errno == EINTR)
+    came = interrupt_came();
+  sigprocmask(SIG_SETMASK, &usual, NULL);
+  return !came;
+}
+
 /* A character; Ctrl-C's where a signal comes instead. */
 static int read_character(EditLine *line, wchar_t *character) {
   mbstate_t state = {0};
   (void)line;
   for (;;) {
     char byte;
-    ssize_t count = read(STDIN_FILENO, &byte, 1);
-    if (count < 0 && errno == EINTR) {
-      if (!interrupt_came())
-        continue;
+    if (!wait_for_input()) {
       *character = INTERRUPT;
       return 1;
     }
+    ssize_t count = read(STDIN_FILENO, &byte, 1);
+    if (count < 0 && errno == EINTR)
+      continue;
     if (count <= 0)
       return (int)count;
     size_t used = mbrtowc(character, &byte, 1, &state);
