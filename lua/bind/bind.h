@@ -120,6 +120,7 @@ void bind_functional_family(lua_State *L);
 void bind_autograd_family(lua_State *L);
 void bind_checkpoint_family(lua_State *L);
 void bind_system_family(lua_State *L);
+void bind_interrupt_family(lua_State *L);
 void bind_optimizer_family(lua_State *L);
 void bind_file_family(lua_State *L);
 void bind_data_family(lua_State *L);

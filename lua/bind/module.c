@@ -12,6 +12,7 @@ int luaopen_orepa_core(lua_State *L) {
   bind_autograd_family(L);
   bind_checkpoint_family(L);
   bind_system_family(L);
+  bind_interrupt_family(L);
   bind_optimizer_family(L);
   bind_file_family(L);
   bind_data_family(L);

@@ -27,6 +27,7 @@ static struct {
   lua_State *L;
   int complete; /* reference of the function */
   const char *prompt;
+  bool reads;     /* the terminal passes every key on as it is */
   bool discarded; /* by Ctrl-C */
   char *pasted;   /* a piece of several lines: malloc's */
   size_t length;
@@ -58,6 +59,11 @@ static bool wait_for_input(void) {
 static int read_character(EditLine *line, wchar_t *character) {
   mbstate_t state = {0};
   (void)line;
+  if (!editor.reads) {
+    editor.reads = true;
+    fputs(paste_on, stdout);
+    fflush(stdout);
+  }
   for (;;) {
     char byte;
     if (!wait_for_input()) {
@@ -201,11 +207,11 @@ static unsigned char paste(EditLine *line, int character) {
 static int l_read(lua_State *L) {
   int length = 0;
   editor.prompt = luaL_checkstring(L, 1);
+  editor.reads = false;
   editor.L = L;
   editor.discarded = false;
   interrupt_came();
   el_resize(editor.line);
-  fputs(paste_on, stdout);
   fflush(stdout);
   const char *line = el_gets(editor.line, &length);
   fputs(paste_off, stdout);

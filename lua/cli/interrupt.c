@@ -38,6 +38,12 @@ static void leave(void) {
   _exit(LEAVES);
 }
 
+static void stop_all(void) {
+  orepa_interrupt(true);
+  for (running *r = innermost; r; r = r->outer)
+    lua_sethook(r->L, stop, LUA_MASKCALL | LUA_MASKRET | LUA_MASKLINE | LUA_MASKCOUNT, 1);
+}
+
 static void on_signal(int number) {
   struct timespec now;
   (void)number;
@@ -46,11 +52,8 @@ static void on_signal(int number) {
     leave();
   last = now;
   came = 1;
-  if (!computes)
-    return;
-  orepa_interrupt(true);
-  for (running *r = innermost; r; r = r->outer)
-    lua_sethook(r->L, stop, LUA_MASKCALL | LUA_MASKRET | LUA_MASKLINE | LUA_MASKCOUNT, 1);
+  if (computes)
+    stop_all();
 }
 
 /* ---- coroutines ---- */
@@ -138,8 +141,9 @@ bool interrupt_came(void) {
 }
 
 int interrupt_call(lua_State *L, bool *interrupted) {
-  came = 0;
   computes = 1;
+  if (came) /* just before */
+    stop_all();
   int status = lua_pcall(L, 0, 1, 0);
   computes = 0;
   innermost = &base; /* an error that is none of the coroutine's leaves it on the list */

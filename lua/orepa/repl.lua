@@ -95,7 +95,8 @@ local function trace(message)
     if line:find "in function 'xpcall'" then break end
     lines[#lines + 1] = line
   end
-  if lines[#lines] and lines[#lines]:find "stack traceback:$" then lines[#lines] = nil end
+  local first = message:gsub("[^\n]", ""):len() + 3 -- below the message and the head of the trace
+  if not lines[first] or not lines[first + 1] and lines[first]:find "in main chunk$" then return message end
   return table.concat(lines, "\n")
 end
 
@@ -402,7 +403,7 @@ function repl.start(host)
     call = host.call,
     read = editor and editor.read or function() return io.read "l" end,
     remember = editor and keep_history(editor, history_path()) or function() end,
-    colors = editor and not os.getenv "NO_COLOR" and os.getenv "TERM" ~= "dumb",
+    colors = editor and (os.getenv "NO_COLOR" or "") == "" and os.getenv "TERM" ~= "dumb",
     write = function(text) io.stdout:write(text) end,
     complain = function(text)
       io.stdout:flush()

@@ -115,6 +115,7 @@ local function one_step(o, images, labels, epoch, step)
   return value, core.no_grad(function() return count_correct(logits, labels) end)
 end
 
+-- All batches, or those until Ctrl-C.
 local function one_epoch(o, epoch, first_step)
   local sums, step, title = meter(), 0, ("epoch %d/%d"):format(epoch, o.epochs)
   local shown = 0
@@ -130,6 +131,10 @@ local function one_epoch(o, epoch, first_step)
       show_progress(o.log, title, sums, step, o.loader.batches)
       shown = core.clock()
     end
+    if core.interrupt_came() then
+      title = ("%s, interrupted after step %d of %d"):format(title, step, o.loader.batches)
+      break
+    end
   end
   return sums:result(), step, title
 end
@@ -139,7 +144,8 @@ function train.fit(given)
     epochs = options.required, schedule = options.optional, valid = options.optional, on_epoch = options.optional,
     loss = function(logits, labels) return F.cross_entropy(logits, labels) end, log = io.stdout })
   o.terminal = o.log == io.stdout and core.is_terminal() and not os.getenv "NO_PROGRESS"
-  local history, steps = {}, 0
+  local history, steps = { interrupted = false }, 0
+  local _ <close> = core.hold_interrupt()
   if not o.net.training then o.net:train() end -- else each module keeps its own mode, such as that of a frozen norm
   for epoch = 1, o.epochs do
     local result, taken, title = one_epoch(o, epoch, steps)
@@ -148,7 +154,9 @@ function train.fit(given)
     result.valid = o.valid and train.evaluate(o.net, o.valid) or nil
     history[epoch] = result
     show_epoch(o.log, o.terminal, title, result, result.valid)
+    history.interrupted = core.interrupt_came()
     if o.on_epoch then o.on_epoch(result) end
+    if history.interrupted then break end
   end
   return history
 end
@@ -157,7 +165,8 @@ document("train.fit", [[
   train.fit{net=, optimizer=, loader=, epochs=, schedule=, valid=, loss=, on_epoch=, log=} -> history
   Trains: for each epoch all batches of the loader, then the held-out ones. schedule(step) gives the rate; on_epoch(result) is
   called after each epoch. On a terminal a bar shows progress, otherwise there is one line an epoch. A loss or a gradient that is
-  not finite is an error that names the step and the parameter.
+  not finite is an error that names the step and the parameter. Ctrl-C ends the epoch after the step that runs, as if it had no
+  more batches, and with it the training; history.interrupted says so. A second one within two seconds ends the program.
   > local d = data.images{images = orepa.rand(8, 1, 4, 4), labels = orepa.zeros({8}, {dtype = "int64"}), classes = 2}
   > local net = nn.Sequential(nn.Conv2d{in_channels = 1, out_channels = 2, kernel_size = 4}, nn.AdaptiveAvgPool2d(1))
   > local Head = nn.Module:extend("Head"); function Head:init() self.body = net end

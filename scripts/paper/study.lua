@@ -98,10 +98,11 @@ local function trained(variant, seed)
     return data.loader(o)
   end
   local batches = loader(set.train, { batch_size = 128, shuffle = true, seed = seed, augment = true, flip = true })
-  local done, problem = pcall(train.fit, { net = net, loader = batches, epochs = a.epochs,
+  local done, history = pcall(train.fit, { net = net, loader = batches, epochs = a.epochs,
     optimizer = optim.SGD(optim.param_groups(net), { lr = 0.1, momentum = 0.9, weight_decay = 5e-4 }),
     schedule = optim.warmup_cosine { lr = 0.1, steps = a.epochs * batches.batches, warmup = batches.batches } })
-  if not done then return { diverged = tostring(problem) }, net end
+  if not done then return { diverged = tostring(history) }, net end
+  if history.interrupted then orepa.fail "interrupted: this run is not kept" end
   return { accuracy = 100 * train.evaluate(net, loader(set.test, { batch_size = 500 })).accuracy }, net
 end
 
