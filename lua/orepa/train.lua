@@ -144,7 +144,7 @@ function train.fit(given)
     epochs = options.required, schedule = options.optional, valid = options.optional, on_epoch = options.optional,
     loss = function(logits, labels) return F.cross_entropy(logits, labels) end, log = io.stdout })
   o.terminal = o.log == io.stdout and core.is_terminal() and not os.getenv "NO_PROGRESS"
-  local history, steps = { interrupted = false }, 0
+  local history, steps = {}, 0
   local _ <close> = core.hold_interrupt()
   if not o.net.training then o.net:train() end -- else each module keeps its own mode, such as that of a frozen norm
   for epoch = 1, o.epochs do
@@ -154,7 +154,7 @@ function train.fit(given)
     result.valid = o.valid and train.evaluate(o.net, o.valid) or nil
     history[epoch] = result
     show_epoch(o.log, o.terminal, title, result, result.valid)
-    history.interrupted = core.interrupt_came()
+    if core.interrupt_came() then history.interrupted = true end
     if o.on_epoch then o.on_epoch(result) end
     if history.interrupted then break end
   end
