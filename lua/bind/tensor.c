@@ -236,29 +236,53 @@ static void add_number(luaL_Buffer *b, const element_source *s, int64_t k) {
   luaL_addstring(b, text);
 }
 
-/* One axis of the text; long axes show their ends. `span` is the elements below one position. */
-static void add_axis(luaL_Buffer *b, const element_source *s, int rank, const int64_t *shape, int64_t k, int depth) {
+/* What is shown of t, pushed: its long axes are cut to their ends, so that a large tensor costs no more than a small
+ * one. */
+static orepa_tensor *push_shown(lua_State *L, orepa_tensor *t) {
+  orepa_tensor **shown = bind_new(L);
+  *shown = orepa_detach(t);
+  for (int d = 0; *shown && d < orepa_rank(t); d++) {
+    int64_t size = orepa_shape(t)[d];
+    if (size <= SHOWN_WHOLE)
+      continue;
+    orepa_tensor *ends[] = {orepa_slice(*shown, d, 0, SHOWN_AT_ENDS, 1),
+                            orepa_slice(*shown, d, size - SHOWN_AT_ENDS, size, 1)};
+    orepa_tensor *cut = ends[0] && ends[1] ? orepa_concatenate(2, ends, d) : NULL;
+    orepa_release(ends[0]);
+    orepa_release(ends[1]);
+    orepa_release(*shown);
+    *shown = cut;
+  }
+  if (!*shown)
+    bind_fail(L);
+  return *shown;
+}
+
+static void add_break(luaL_Buffer *b, int rank, int depth) {
+  luaL_addstring(b, rank == 1 ? ", " : ",\n");
+  for (int d = 0; rank > 1 && d <= depth; d++)
+    luaL_addchar(b, ' ');
+}
+
+/* One axis of what is shown of a tensor of `shape`, from element k on; gives back the element behind it. */
+static int64_t add_axis(luaL_Buffer *b, const element_source *s, int rank, const int64_t *shape, int64_t k, int depth) {
   if (rank == 0) {
     add_number(b, s, k);
-    return;
+    return k + 1;
   }
-  int64_t span = 1;
-  for (int d = 1; d < rank; d++)
-    span *= shape[d];
+  bool cut = shape[0] > SHOWN_WHOLE;
   luaL_addchar(b, '{');
-  for (int64_t n = 0; n < shape[0]; n++) {
+  for (int64_t n = 0; n < (cut ? 2 * SHOWN_AT_ENDS : shape[0]); n++) {
     if (n > 0)
-      luaL_addstring(b, rank == 1 ? ", " : ",\n");
-    for (int d = 0; rank > 1 && n > 0 && d <= depth; d++)
-      luaL_addchar(b, ' ');
-    if (shape[0] > SHOWN_WHOLE && n == SHOWN_AT_ENDS) {
+      add_break(b, rank, depth);
+    if (cut && n == SHOWN_AT_ENDS) {
       luaL_addstring(b, "...");
-      n = shape[0] - SHOWN_AT_ENDS - 1;
-      continue;
+      add_break(b, rank, depth);
     }
-    add_axis(b, s, rank - 1, shape + 1, k + n * span, depth + 1);
+    k = add_axis(b, s, rank - 1, shape + 1, k, depth + 1);
   }
   luaL_addchar(b, '}');
+  return k;
 }
 
 static int l_tostring(lua_State *L) {
@@ -267,7 +291,7 @@ static int l_tostring(lua_State *L) {
     lua_pushliteral(L, "tensor (released)");
     return 1;
   }
-  element_source s = push_elements(L, t);
+  element_source s = push_elements(L, push_shown(L, t));
   luaL_Buffer b;
   luaL_buffinit(L, &b);
   add_axis(&b, &s, orepa_rank(t), orepa_shape(t), 0, 0);

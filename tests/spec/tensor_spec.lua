@@ -353,6 +353,11 @@ describe("printing", function()
   it("shows the ends of large ones", function()
     assert.equal("{1, 2, 3, ..., 98, 99, 100}  (float32 100 on cpu)", tostring(orepa.arange(100)))
     assert.is_true(#tostring(orepa.zeros(100, 100, 100)) < 10000)
+    assert.equal("{{1, 2},\n {3, 4},\n {5, 6},\n ...,\n {15, 16},\n {17, 18},\n {19, 20}}  (float32 10x2 on cpu)",
+      tostring(orepa.arange(20):reshape(10, 2)))
+    assert.equal("{{1, 3, 5, ..., 15, 17, 19},\n {2, 4, 6, ..., 16, 18, 20}}  (float32 2x10 on cpu)",
+      tostring(orepa.arange(20):reshape(10, 2):transpose()))
+    assert.equal("{{}, \n {}}  (float32 2x0 on cpu)", (tostring(orepa.zeros(2, 0)):gsub(",\n", ", \n")))
   end)
 
   it("says so when the tensor was released", function()
