@@ -248,7 +248,7 @@ describe("nn.init", function()
   end)
 
   it("makes orthogonal rows, or columns", function()
-    for _, shape in ipairs { { 5, 5 }, { 3, 8 }, { 8, 3 }, { 6, 2, 3, 3 }, { 40, 2, 3, 3 }, { 1, 4 }, { 0, 3 } } do
+    for _, shape in ipairs { { 5, 5 }, { 100, 100 }, { 3, 8 }, { 8, 3 }, { 6, 2, 3, 3 }, { 40, 2, 3, 3 }, { 1, 4 }, { 0, 3 } } do
       local t = nn.init.orthogonal_(orepa.zeros(shape), { gain = 2 })
       local rows = t:reshape(shape[1], t:count() // math.max(1, shape[1]))
       if rows.shape[1] > rows.shape[2] then rows = rows:transpose() end
