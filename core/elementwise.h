@@ -17,6 +17,9 @@
 enum { ELEMENTWISE_REAL, ELEMENTWISE_ANY, ELEMENTWISE_COMPARE };
 enum { NEEDS_A = 1, NEEDS_B = 2, NEEDS_C = 4, NEEDS_Y = 8, PASSES = 16, NO_GRADIENT = 32 };
 
+/* A constant in the type of x: a plain one would make floats double. */
+#define AS(x, constant) _Generic((x), float : (float)(constant), default : (double)(constant))
+
 /* The operands of a function are at most three; a derivative reads dy, a, b, c, y, in this order. */
 enum { ELEMENTWISE_MAX_OPERANDS = 3, ELEMENTWISE_MAX_SOURCES = 5 };
 
@@ -37,6 +40,20 @@ enum { ELEMENTWISE_MAX_OPERANDS = 3, ELEMENTWISE_MAX_SOURCES = 5 };
   ROW(exp, 1, REAL, exp(a), NEEDS_Y, dy *y, NO_GRADIENT, 0, NO_GRADIENT, 0)                                            \
   ROW(log, 1, REAL, log(a), NEEDS_A, dy / a, NO_GRADIENT, 0, NO_GRADIENT, 0)                                           \
   ROW(sigmoid, 1, REAL, 1 / (1 + exp(-a)), NEEDS_Y, dy * y * (1 - y), NO_GRADIENT, 0, NO_GRADIENT, 0)                  \
+  ROW(tanh, 1, REAL, tanh(a), NEEDS_Y, dy *(1 - y * y), NO_GRADIENT, 0, NO_GRADIENT, 0)                                \
+  ROW(softplus, 1, REAL, (a < 0 ? 0 : a) + log1p(exp(a < 0 ? a : -a)), NEEDS_A, dy / (1 + exp(-a)), NO_GRADIENT, 0,    \
+      NO_GRADIENT, 0)                                                                                                  \
+  ROW(silu, 1, REAL, a / (1 + exp(-a)), NEEDS_A, dy * (1 + a / (1 + exp(a))) / (1 + exp(-a)), NO_GRADIENT, 0,          \
+      NO_GRADIENT, 0)                                                                                                  \
+  ROW(gelu, 1, REAL, a *erfc(-a *AS(a, 0.7071067811865476)) / 2, NEEDS_A,                                              \
+      dy * (erfc(-a * AS(a, 0.7071067811865476)) / 2 + a * exp(-a * a / 2) * AS(a, 0.3989422804014327)), NO_GRADIENT,  \
+      0, NO_GRADIENT, 0)                                                                                               \
+  ROW(hardswish, 1, REAL, a <= -3 ? 0 : (a >= 3 ? a : a * (a + 3) / 6), NEEDS_A,                                       \
+      a <= -3 ? 0 : (a >= 3 ? dy : dy * (2 * a + 3) / 6), NO_GRADIENT, 0, NO_GRADIENT, 0)                              \
+  ROW(leaky_relu, 2, REAL, a > 0 ? a : a * b, NEEDS_A + NEEDS_B, a > 0 ? dy : dy * b, NEEDS_A, a > 0 ? 0 : dy * a,     \
+      NO_GRADIENT, 0)                                                                                                  \
+  ROW(xlogy, 2, REAL, a == 0 && b == b ? 0 : a * log(b), NEEDS_A + NEEDS_B, a == 0 && b == 0 ? 0 : dy * log(b),        \
+      NEEDS_A + NEEDS_B, a == 0 ? 0 : dy * a / b, NO_GRADIENT, 0)                                                      \
   ROW(relu, 1, ANY, a<0 ? 0 : a, NEEDS_Y, y> 0 ? dy : 0, NO_GRADIENT, 0, NO_GRADIENT, 0)                               \
   ROW(clamp, 3, ANY, a < b ? b : (a > c ? c : a), NEEDS_A + NEEDS_B + NEEDS_C, a >= b && a <= c ? dy : 0, NO_GRADIENT, \
       0, NO_GRADIENT, 0)                                                                                               \

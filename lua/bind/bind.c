@@ -130,7 +130,7 @@ void bind_collect(lua_State *L) {
 }
 
 /* A collection takes about as long as work on a few times the heap's bytes. */
-enum { HEAPS = 64 };
+enum { HEAPS = 32 };
 
 void bind_tidy(lua_State *L) {
   size_t heap = (size_t)lua_gc(L, LUA_GCCOUNT) << 10;

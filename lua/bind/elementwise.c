@@ -50,6 +50,22 @@ static const struct {
     {"exp", NULL, "t:exp() -> tensor\ne to the power of each element.\n> orepa.zeros(2):exp()"},
     {"log", NULL, "t:log() -> tensor\nThe natural logarithm.\n> orepa.ones(2):log()"},
     {"sigmoid", NULL, "t:sigmoid() -> tensor\n1 / (1 + exp(-t)).\n> orepa.zeros(2):sigmoid()"},
+    {"tanh", NULL, "t:tanh() -> tensor\nThe hyperbolic tangent.\n> orepa.arange(3):tanh()"},
+    {"softplus", NULL,
+     "t:softplus() -> tensor\nlog(1 + exp(t)), which doesn't overflow.\n> orepa.tensor({-1, 1000}):softplus()"},
+    {"silu", NULL, "t:silu() -> tensor\nt * sigmoid(t), also called swish.\n> orepa.tensor({-1, 2}):silu()"},
+    {"gelu", NULL,
+     "t:gelu() -> tensor\nt times the chance that a normal number is less than t: t * (1 + erf(t / sqrt(2))) / 2.\n"
+     "> orepa.tensor({-1, 2}):gelu()"},
+    {"hardswish", NULL,
+     "t:hardswish() -> tensor\nt * clamp(t + 3, 0, 6) / 6, which is much like silu.\n"
+     "> orepa.tensor({-4, 1}):hardswish()"},
+    {"leaky_relu", NULL,
+     "t:leaky_relu(slope) -> tensor\nNegative elements are multiplied by a slope: a number, or a tensor, which then "
+     "has a "
+     "gradient too.\n> orepa.tensor({-1, 2}):leaky_relu(0.01)"},
+    {"xlogy", NULL,
+     "t:xlogy(other) -> tensor\nt * log(other), 0 where t is 0.\n> orepa.tensor({0, 2}):xlogy(orepa.tensor({0, 3}))"},
     {"relu", NULL, "t:relu() -> tensor\nNegative elements become 0; NaN stays.\n> orepa.tensor({-1, 2}):relu()"},
     {"clamp", NULL,
      "t:clamp(lowest, highest) -> tensor\nEach element moved between two bounds.\n> orepa.arange(5):clamp(2, 4)"},

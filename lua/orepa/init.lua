@@ -2,6 +2,8 @@
 
 local orepa = require "orepa.core"
 
+require "orepa.functional"
+require "orepa.losses"
 orepa.nn = require "orepa.nn"
 orepa.optim = require "orepa.optim"
 orepa.reparam = require "orepa.reparam"

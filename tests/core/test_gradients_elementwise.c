@@ -20,6 +20,11 @@ static const struct {
     [FUNCTION_pow] = {{0.5, 2}, {-2, 2}},
     [FUNCTION_sqrt] = {{0.5, 2}},
     [FUNCTION_log] = {{0.5, 2}},
+    [FUNCTION_softplus] = {{-3, 3}},
+    [FUNCTION_silu] = {{-6, 6}},
+    [FUNCTION_gelu] = {{-3, 3}},
+    [FUNCTION_hardswish] = {{-4, 4}},
+    [FUNCTION_xlogy] = {{0.5, 2}, {0.5, 2}},
     [FUNCTION_clamp] = {{-1, 1}, {-0.5, -0.4}, {0.4, 0.5}},
 };
 
@@ -201,6 +206,14 @@ static void kinks_have_their_conventions(void **state) {
       {FUNCTION_pow, LIST(2, 3, 1), LIST(-2, -1, -3), LIST(4, -1, -3), LIST(-4, 3, 1)},
       {FUNCTION_sqrt, NULL, LIST(0, 4, INFINITY), LIST(0, 2, INFINITY), LIST(INFINITY, 0.25, 0)},
       {FUNCTION_log, NULL, LIST(0, 1, 2), LIST(-INFINITY, 0, 0.69314718055994531), LIST(INFINITY, 1, 0.5)},
+      {FUNCTION_leaky_relu, LIST(0.5, 0.5, 0.5), LIST(-2, 0, 2), LIST(-1, 0, 2), LIST(0.5, 0.5, 1)},
+      {FUNCTION_hardswish, NULL, LIST(-INFINITY, -3, 3), LIST(0, 0, 3), LIST(0, 0, 1)},
+      {FUNCTION_hardswish, NULL, LIST(-4, 0, INFINITY), LIST(0, 0, INFINITY), LIST(0, 0.5, 1)},
+      {FUNCTION_softplus, NULL, LIST(-INFINITY, -200, INFINITY), LIST(0, 0, INFINITY), LIST(0, 0, 1)},
+      {FUNCTION_silu, NULL, LIST(-1000, 0, 1000), LIST(0, 0, 1000), LIST(0, 0.5, 1)},
+      {FUNCTION_tanh, NULL, LIST(-INFINITY, 0, 1000), LIST(-1, 0, 1), LIST(0, 1, 0)},
+      {FUNCTION_gelu, NULL, LIST(-1000, 0, 1000), LIST(0, 0, 1000), LIST(0, 0.5, 1)},
+      {FUNCTION_xlogy, LIST(0, 0, 1), LIST(0, 2, 0), LIST(0, -INFINITY, 0), LIST(0, -INFINITY, 0)},
       {FUNCTION_exp, NULL, LIST(-INFINITY, 0, 0), LIST(0, 1, 1), LIST(0, 1, 1)},
   };
   for (int k = 0; k < COUNT_OF(kinks); k++) {

@@ -321,6 +321,17 @@ static void functions_have_their_values(void **state) {
   ASSERT_NEAR(real3(FUNCTION_sqrt, 2, 0, 0), 1.4142135623730951, 1e-15);
   ASSERT_NEAR(real3(FUNCTION_exp, 1, 0, 0), 2.718281828459045, 1e-15);
   ASSERT_NEAR(real3(FUNCTION_log, 0, 0, 0), -INFINITY, 0);
+  ASSERT_NEAR(real3(FUNCTION_tanh, 1, 0, 0), 0.7615941559557649, 1e-15);
+  ASSERT_NEAR(real3(FUNCTION_softplus, 1, 0, 0), 1.3132616875182228, 1e-15);
+  ASSERT_NEAR(real3(FUNCTION_softplus, -40, 0, 0), 4.248354255291589e-18, 1e-15);
+  ASSERT_NEAR(real3(FUNCTION_silu, 1, 0, 0), 0.7310585786300049, 1e-15);
+  ASSERT_NEAR(real3(FUNCTION_gelu, 1, 0, 0), 0.8413447460685429, 1e-15);
+  ASSERT_NEAR(real3(FUNCTION_hardswish, 1, 0, 0), 0.6666666666666666, 1e-15);
+  ASSERT_NEAR(real3(FUNCTION_leaky_relu, -2, 0.25, 0), -0.5, 0);
+  ASSERT_NEAR(real3(FUNCTION_leaky_relu, 2, 0.25, 0), 2, 0);
+  ASSERT_NEAR(real3(FUNCTION_xlogy, 2, 3, 0), 2.1972245773362196, 1e-15);
+  ASSERT_NEAR(real3(FUNCTION_xlogy, 0, 0, 0), 0, 0);
+  ASSERT_NEAR(real3(FUNCTION_xlogy, 0, NAN, 0), NAN, 0);
   ASSERT_NEAR(real3(FUNCTION_relu, -3, 0, 0), 0, 0);
   ASSERT_NEAR(real3(FUNCTION_relu, NAN, 0, 0), NAN, 0);
   ASSERT_NEAR(real3(FUNCTION_clamp, 5, 1, 4), 4, 0);

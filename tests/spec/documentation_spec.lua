@@ -16,15 +16,18 @@ end
 local some = nn.Parameter(orepa.ones(1))
 local images = data.images { images = orepa.zeros(2, 4, 4), labels = orepa.zeros({ 2 }, { dtype = "int64" }), classes = 2 }
 local places = {
-  orepa = orepa, F = orepa.F, nn = nn, optim = optim, data = data, train = orepa.train, reparam = orepa.reparam,
-  models = models, datasets = datasets, diagnose = orepa.diagnose,
+  orepa = orepa, F = orepa.F, nn = nn, ["nn.init"] = nn.init, optim = optim, data = data, train = orepa.train,
+  reparam = orepa.reparam, models = models, datasets = datasets, diagnose = orepa.diagnose,
 }
 local objects = {
   t = { orepa.methods }, m = { nn.Module }, b = { nn.ReparamBlock }, list = { nn.ModuleList, nn.Sequential },
-  norm = { nn.BatchNorm2d }, opt = { getmetatable(optim.SGD({ some }, { lr = 1 })).__index },
+  norm = { nn.BatchNorm2d }, opt = { require("orepa.optim.optimizer").Optimizer },
   watch = { getmetatable(orepa.diagnose.watch(nn.ConvBN { in_channels = 1, out_channels = 1, kernel_size = 1 })).__index },
   loader = { getmetatable(data.loader { dataset = images, batch_size = 1 }).__index },
 }
+for _, name in ipairs { "SGD", "AdamW", "RMSprop" } do
+  table.insert(objects.opt, getmetatable(optim[name]({ some }, { lr = 1 })).__index)
+end
 
 local function public_methods(class)
   local names = {}
@@ -66,7 +69,7 @@ describe("documentation", function()
   it("has all methods that layers and blocks add", function()
     local missing = {}
     for class_name, class in pairs(nn) do
-      for _, name in ipairs(type(class) == "table" and public_methods(class) or {}) do
+      for _, name in ipairs(type(class) == "table" and class.class_name and public_methods(class) or {}) do
         local found = name == "extend"
         for prefix in pairs(objects) do found = found or is_documented(prefix, name) end
         if not found then missing[#missing + 1] = class_name .. ":" .. name end
@@ -78,7 +81,7 @@ describe("documentation", function()
   it("has nothing that can't be reached", function()
     local lost = {}
     for name in pairs(documentation) do
-      local place, field = name:match "^(%a+)%.(.+)$"
+      local place, field = name:match "^([%a.]+)%.(.+)$"
       local prefix, method = name:match "^(%a+):(.+)$"
       local found = place and places[place] and is_callable(places[place][field])
       for _, class in ipairs(objects[prefix] or {}) do found = found or type(class[method]) == "function" end

@@ -1,4 +1,5 @@
--- Optimizers: SGD against plain Lua arithmetic, groups, the schedule, gradient norms, errors.
+-- Optimizers: SGD against plain Lua arithmetic, groups, the schedule, gradient norms, errors. optimizers_spec.lua has what all
+-- optimizers do, training_spec.lua their numbers beside PyTorch's.
 
 local orepa = require "orepa"
 local fails = require "tests.spec.fails"

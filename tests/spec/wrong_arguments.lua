@@ -118,8 +118,8 @@ end
 
 -- ---- functions ----
 
-local roots = { orepa = orepa, F = orepa.F, nn = orepa.nn, optim = orepa.optim, data = orepa.data, train = orepa.train,
-  reparam = orepa.reparam, models = models, datasets = datasets, tree = orepa.tree }
+local roots = { orepa = orepa, F = orepa.F, nn = orepa.nn, ["nn.init"] = orepa.nn.init, optim = orepa.optim,
+  data = orepa.data, train = orepa.train, reparam = orepa.reparam, models = models, datasets = datasets, tree = orepa.tree }
 
 local tensors = {}
 for k = 1, COUNT do
@@ -141,6 +141,14 @@ local bases = {
   ["F.adaptive_avg_pool2d"] = function() return { orepa.rand(2, 4, 5, 3), {} } end,
   ["F.adaptive_max_pool2d"] = function() return { orepa.rand(2, 4, 5, 3), {} } end,
   ["F.cross_entropy"] = function() return { orepa.rand(2, 3), orepa.zeros({ 2 }, { dtype = "int64" }), {} } end,
+  ["F.dropout"] = function() return { orepa.rand(2, 3), {} } end,
+  ["F.binary_cross_entropy_with_logits"] = function() return { orepa.rand(2, 3), orepa.rand(2, 3), {} } end,
+  ["F.mse_loss"] = function() return { orepa.rand(2, 3), orepa.rand(2, 3), {} } end,
+  ["F.smooth_l1_loss"] = function() return { orepa.rand(2, 3), orepa.rand(2, 3), {} } end,
+  ["F.kl_div"] = function() return { orepa.rand(2, 3), orepa.rand(2, 3), {} } end,
+  ["nn.init.xavier_uniform_"] = function() return { orepa.rand(2, 3), {} } end,
+  ["nn.init.kaiming_normal_"] = function() return { orepa.rand(2, 3), {} } end,
+  ["nn.init.orthogonal_"] = function() return { orepa.rand(2, 3), {} } end,
   ["data.image_batch"] = function()
     return { orepa.rand(4, 3, 5, 6), orepa.zeros({ 2 }, { dtype = "int64" }), { mean = { 0, 0, 0 } } }
   end,
@@ -209,7 +217,7 @@ end
 
 local function find(name)
   if name:sub(1, 2) == "t:" then return orepa.methods[name:sub(3)] end
-  local root, rest = name:match "^(%a+)%.(.+)$"
+  local root, rest = name:match "^([%a.]+)%.(.+)$"
   return root and roots[root] and roots[root][rest]
 end
 

@@ -1,4 +1,4 @@
--- Layers: each is its parameters, their initial values, and one call of orepa.F.
+-- Layers with parameters, and pools: each is its parameters, their initial values, and one call of orepa.F.
 
 local core = require "orepa.core"
 local document = require "orepa.document"
@@ -140,20 +140,6 @@ function BatchNorm2d:extra()
   return tostring(self.options.num_features)
 end
 
--- ---- without parameters ----
-
-local ReLU = layer "ReLU"
-
-function ReLU.forward(_, x)
-  return F.relu(x)
-end
-
-local Sigmoid = layer "Sigmoid"
-
-function Sigmoid.forward(_, x)
-  return x:sigmoid()
-end
-
 -- ---- squeeze-excite: channels are weighted by what their means say ----
 
 local SqueezeExcite = layer "SqueezeExcite"
@@ -221,14 +207,6 @@ document("norm:shift_statistics", [[
   norm:shift_statistics(constant)
   Corrects the running mean as if a constant, a number for each channel, had been added to the last batch.
   > nn.BatchNorm2d(8):shift_statistics(orepa.ones(8))]])
-document("nn.ReLU", [[
-  nn.ReLU() -> module
-  F.relu as a layer.
-  > nn.ReLU()(orepa.tensor({-1, 1}))]])
-document("nn.Sigmoid", [[
-  nn.Sigmoid() -> module
-  t:sigmoid() as a layer.
-  > nn.Sigmoid()(orepa.zeros(2))]])
 document("nn.SqueezeExcite", [[
   nn.SqueezeExcite{channels=, reduced=} -> module
   Multiplies each channel by a weight between 0 and 1, which two 1x1 convolutions (`reduce`, `expand`) make of all channels'
