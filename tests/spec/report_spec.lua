@@ -38,7 +38,7 @@ local function has(page, text)
   assert(page:find(text, 1, true), ("'%s' is not in:\n%s"):format(text, page))
 end
 
-local counts = { plain = 1, orepa = 1, overhead = 3, resnet50 = 2, bfloat16 = 2, deployed = 2, avx2 = 2, breakdown = 2,
+local counts = { plain = 1, orepa = 1, overhead = 3, resnet50 = 2, branches = 2, bfloat16 = 2, deployed = 2, avx2 = 2, breakdown = 2,
   squeeze = 1, conv = 1, scaling = 1 }
 local without_gnuplot = { PATH = "/nowhere" }
 
@@ -94,7 +94,7 @@ describe("report.lua", function()
       assert(svg:find("<svg", 1, true) and svg:find("</svg>%s*$"), path)
       charts = charts + 1
     end
-    assert.equal(orepa.build_info():find("avx2", 1, true) and 11 or 10, charts)
+    assert.equal(orepa.build_info():find("avx2", 1, true) and 12 or 11, charts)
     for name, label in pairs { overhead = "none, batch 2: ours", squeeze = "8x8: convolution", conv = "4x4, data: Winograd",
       breakdown = "orepa: squeeze_backward", scaling = "orepa, 1 threads" } do
       assert(process.read(("%s/%s.svg"):format(out, name)):find(label, 1, true), label)
