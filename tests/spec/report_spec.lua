@@ -38,8 +38,8 @@ local function has(page, text)
   assert(page:find(text, 1, true), ("'%s' is not in:\n%s"):format(text, page))
 end
 
-local counts = { plain = 1, orepa = 1, overhead = 3, resnet50 = 2, branches = 2, bfloat16 = 2, deployed = 2, avx2 = 2, breakdown = 2,
-  squeeze = 1, conv = 1, scaling = 1 }
+local counts = { plain = 1, orepa = 1, overhead = 3, resnet50 = 2, branches = 2, bfloat16 = 2, deployed = 2, avx2 = 2,
+  breakdown = 2, squeeze = 1, conv = 1, scaling = 1 }
 local without_gnuplot = { PATH = "/nowhere" }
 
 describe("report.lua", function()

@@ -79,6 +79,20 @@ function terminal:finish()
   return rest, self.pseudo:wait()
 end
 
+-- Types the text again and again until the program ends.
+function terminal:insist(text)
+  for _ = 1, PATIENCE do
+    self:type(text)
+    local more
+    repeat
+      more = self.pseudo:receive(0.3)
+      self.unread = self.unread .. (more or "")
+    until not more or more == ""
+    if not more then return self:finish() end
+  end
+  error(("the program does not end; there is: %q"):format(self.unread), 0)
+end
+
 function terminal:mode() return self.pseudo:mode() end
 
 function terminal:close() self.pseudo:close() end
