@@ -14,7 +14,7 @@
 #ifndef OREPA_CORE_ELEMENTWISE_H
 #define OREPA_CORE_ELEMENTWISE_H
 
-enum { ELEMENTWISE_REAL, ELEMENTWISE_ANY, ELEMENTWISE_COMPARE };
+enum { ELEMENTWISE_REAL, ELEMENTWISE_ANY, ELEMENTWISE_COMPARE, ELEMENTWISE_CHOICE };
 enum { NEEDS_A = 1, NEEDS_B = 2, NEEDS_C = 4, NEEDS_Y = 8, PASSES = 16, NO_GRADIENT = 32 };
 
 /* A constant in the type of x: a plain one would make floats double. */
@@ -58,6 +58,7 @@ enum { ELEMENTWISE_MAX_OPERANDS = 3, ELEMENTWISE_MAX_SOURCES = 5 };
   ROW(clamp, 3, ANY, a < b ? b : (a > c ? c : a), NEEDS_A + NEEDS_B + NEEDS_C, a >= b && a <= c ? dy : 0, NO_GRADIENT, \
       0, NO_GRADIENT, 0)                                                                                               \
   ROW(multiply_add, 3, ANY, a *b + c, NEEDS_B, dy * b, NEEDS_A, dy * a, PASSES, dy)                                    \
+  ROW(where, 3, CHOICE, a != 0 ? b : c, NO_GRADIENT, 0, NEEDS_A, a != 0 ? dy : 0, NEEDS_A, a != 0 ? 0 : dy)            \
   ROW(eq, 2, COMPARE, a == b, NO_GRADIENT, 0, NO_GRADIENT, 0, NO_GRADIENT, 0)                                          \
   ROW(ne, 2, COMPARE, a != b, NO_GRADIENT, 0, NO_GRADIENT, 0, NO_GRADIENT, 0)                                          \
   ROW(lt, 2, COMPARE, a < b, NO_GRADIENT, 0, NO_GRADIENT, 0, NO_GRADIENT, 0)                                           \

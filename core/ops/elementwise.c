@@ -76,39 +76,67 @@ static int promote(const char *op, orepa_dtype a, orepa_dtype b, orepa_dtype *re
   return 0;
 }
 
-static int make_plan(orepa_function f, const orepa_operand *operands, elementwise_plan *plan) {
+/* Where only the condition of a choice is a tensor, its numbers say the type. */
+static orepa_dtype type_of_numbers(orepa_function f, const orepa_operand *operands) {
+  for (int k = 1; k < functions[f].operands; k++)
+    if (!operands[k].is_integer)
+      return OREPA_FLOAT32;
+  return OREPA_INT64;
+}
+
+/* Whether the numbers among the operands need more than integers. */
+static bool has_fraction(orepa_function f, const orepa_operand *operands) {
+  for (int k = 0; k < functions[f].operands; k++)
+    if (!operands[k].tensor && !operands[k].is_integer && operands[k].number != (double)(int64_t)operands[k].number)
+      return true;
+  return false;
+}
+
+/* A bool condition takes no part in the type. */
+static int plan_type(orepa_function f, const orepa_operand *operands, elementwise_plan *plan) {
   const char *op = functions[f].name;
-  const orepa_tensor *first = NULL;
-  plan->rank = 0;
+  const orepa_tensor *condition = functions[f].types == ELEMENTWISE_CHOICE ? operands[0].tensor : NULL;
+  bool typed = false;
+  plan->device = NULL;
   for (int k = 0; k < functions[f].operands; k++) {
     const orepa_tensor *t = operands[k].tensor;
     if (!t)
       continue;
-    if (!first) {
-      first = t;
-      plan->compute = t->dtype;
-      plan->device = t->storage->device;
-    } else if (plan->device != t->storage->device) {
+    if (plan->device && plan->device != t->storage->device)
       return error_set("%s: one tensor is on '%s', another on '%s'", op, plan->device->name, t->storage->device->name);
-    } else if (promote(op, plan->compute, t->dtype, &plan->compute)) {
+    plan->device = t->storage->device;
+    if (t == condition && k == 0)
+      continue;
+    if (promote(op, typed ? plan->compute : t->dtype, t->dtype, &plan->compute))
       return -1;
-    }
-    if (op_broadcast(op, plan->rank, plan->shape, t->rank, t->shape, &plan->rank, plan->shape))
-      return -1;
+    typed = true;
   }
-  if (!first)
+  if (!plan->device)
     return error_set("%s: no operand is a tensor", op);
-  bool fraction = functions[f].types == ELEMENTWISE_REAL;
-  for (int k = 0; k < functions[f].operands; k++)
-    fraction = fraction || (!operands[k].tensor && !operands[k].is_integer &&
-                            operands[k].number != (double)(int64_t)operands[k].number);
-  if (!orepa_dtype_is_float(plan->compute) && fraction)
+  if (!typed)
+    plan->compute = condition->dtype == OREPA_BOOL ? type_of_numbers(f, operands) : condition->dtype;
+  if (!orepa_dtype_is_float(plan->compute) && (functions[f].types == ELEMENTWISE_REAL || has_fraction(f, operands)))
     plan->compute = OREPA_FLOAT32;
+  if (condition && condition->dtype != OREPA_BOOL && condition->dtype != plan->compute)
+    return error_set("%s: the condition is %s beside %s; a bool tensor expected", op, tensor_text(condition),
+                     orepa_dtype_name(plan->compute));
   plan->result = plan->compute;
   if (functions[f].types == ELEMENTWISE_COMPARE)
     plan->result = OREPA_BOOL;
   else if (plan->compute == OREPA_BOOL) /* true + true is 2 */
     plan->compute = plan->result = OREPA_INT64;
+  return 0;
+}
+
+static int make_plan(orepa_function f, const orepa_operand *operands, elementwise_plan *plan) {
+  if (plan_type(f, operands, plan))
+    return -1;
+  plan->rank = 0;
+  for (int k = 0; k < functions[f].operands; k++) {
+    const orepa_tensor *t = operands[k].tensor;
+    if (t && op_broadcast(functions[f].name, plan->rank, plan->shape, t->rank, t->shape, &plan->rank, plan->shape))
+      return -1;
+  }
   return 0;
 }
 

@@ -47,9 +47,11 @@ static int64_t integer_of(int function, int64_t a, int64_t b, int64_t c) {
   case FUNCTION_##name:                                                                                                \
     return forward;
 #define INTEGER_COMPARE INTEGER_ANY
+#define INTEGER_CHOICE INTEGER_ANY
 #define ROW(name, operands, types, forward, ...) INTEGER_##types(name, forward)
     ELEMENTWISE_ROWS(ROW)
 #undef ROW
+#undef INTEGER_CHOICE
 #undef INTEGER_COMPARE
 #undef INTEGER_ANY
 #undef INTEGER_REAL

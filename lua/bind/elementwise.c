@@ -72,6 +72,9 @@ static const struct {
     {"multiply_add", NULL,
      "t:multiply_add(factor, term) -> tensor\nt * factor + term in one pass.\n"
      "> orepa.arange(3):multiply_add(2, 1)"},
+    {"where", NULL,
+     "t:where(a, b) -> tensor\na where t, a bool tensor, is true, else b; tensors or numbers, with broadcasting. Also "
+     "orepa.where(t, a, b).\n> local x = orepa.arange(4); return x:gt(2):where(x, 0)"},
     {"eq", NULL,
      "t:eq(other) -> bool tensor\nWhether elements are equal (`==` tells whether two handles are one tensor).\n"
      "> orepa.arange(3):eq(2)"},
@@ -83,12 +86,13 @@ static const struct {
     {"isfinite", NULL, "t:isfinite() -> bool tensor\nNeither infinite nor NaN.\n> orepa.tensor({1, 1/0}):isfinite()"},
 };
 
-static bool is_comparison(const char *name) {
-  static const char *const names[] = {"eq", "ne", "lt", "le", "gt", "ge", "isfinite"};
+/* Functions whose result is not of the first operand's type have no form that is written into it. */
+static bool has_in_place(const char *name) {
+  static const char *const names[] = {"eq", "ne", "lt", "le", "gt", "ge", "isfinite", "where"};
   for (size_t k = 0; k < sizeof names / sizeof *names; k++)
     if (!strcmp(names[k], name))
-      return true;
-  return false;
+      return false;
+  return true;
 }
 
 /* With the table of methods on top and Tensor's metatable below it. */
@@ -98,7 +102,7 @@ static void register_functions(lua_State *L) {
     lua_pushinteger(L, f);
     lua_pushcclosure(L, l_apply, 1);
     lua_setfield(L, -2, name);
-    if (!is_comparison(name)) {
+    if (has_in_place(name)) {
       lua_pushfstring(L, "%s_", name);
       lua_pushinteger(L, f);
       lua_pushcclosure(L, l_apply_in_place, 1);
@@ -108,7 +112,7 @@ static void register_functions(lua_State *L) {
   for (size_t k = 0; k < sizeof documents / sizeof *documents; k++) {
     const char *name = documents[k].function;
     bind_document(L, lua_pushfstring(L, "t:%s", name), documents[k].text);
-    if (!is_comparison(name)) {
+    if (has_in_place(name)) {
       const char *text = lua_pushfstring(L, "t:%s_(...) -> t\nt:%s(...) written into t.", name, name);
       bind_document(L, lua_pushfstring(L, "t:%s_", name), text);
       lua_pop(L, 2);
@@ -184,6 +188,38 @@ static int l_matmul(lua_State *L) {
   BIND_RETURN(L, orepa_matmul(a, b));
 }
 
+/* ---- masks ---- */
+
+static int l_where(lua_State *L) {
+  orepa_function f = orepa_function_by_name("where");
+  orepa_operand operands[3];
+  operands_of(L, f, operands);
+  BIND_RETURN(L, orepa_apply(f, operands));
+}
+
+/* value where the mask is true, else t. */
+static orepa_tensor *masked(lua_State *L) {
+  orepa_tensor *t = bind_tensor(L, 1), *mask = bind_tensor(L, 2);
+  if (orepa_tensor_dtype(mask) != OREPA_BOOL)
+    bind_error(L, "masked_fill: the mask is %s; a bool tensor expected", orepa_dtype_name(orepa_tensor_dtype(mask)));
+  return orepa_apply(orepa_function_by_name("where"),
+                     (orepa_operand[]){{.tensor = mask}, bind_operand(L, 3), {.tensor = t}});
+}
+
+static int l_masked_fill(lua_State *L) {
+  BIND_RETURN(L, masked(L));
+}
+
+static int l_masked_fill_(lua_State *L) {
+  orepa_tensor **filled = bind_new(L);
+  *filled = masked(L);
+  if (!*filled && bind_retry(L))
+    *filled = masked(L);
+  if (!*filled)
+    return bind_fail(L);
+  BIND_RETURN_SELF(L, orepa_copy_(bind_tensor(L, 1), *filled));
+}
+
 /* ---- writing ---- */
 
 static int l_copy(lua_State *L) {
@@ -202,10 +238,23 @@ static int l_zero(lua_State *L) {
   BIND_RETURN_SELF(L, orepa_fill_(t, 0));
 }
 
+static const bind_row functions[] = {
+    {"where", l_where,
+     "where(condition, a, b) -> tensor\na where a bool tensor is true, else b; tensors or numbers, with broadcasting.\n"
+     "> orepa.where(orepa.arange(4):gt(2), 1, 0)"},
+    {NULL, NULL, NULL},
+};
+
 static const bind_row methods[] = {
     {"matmul", l_matmul,
      "t:matmul(other) -> tensor\nThe matrix product (..., M, K) . (..., K, N), leading dimensions broadcast.\n"
      "> orepa.ones(2, 3):matmul(orepa.ones(3, 4))"},
+    {"masked_fill", l_masked_fill,
+     "t:masked_fill(mask, value) -> tensor\nA number or a tensor where a bool tensor is true, t elsewhere; both are "
+     "broadcast.\n> orepa.arange(4):masked_fill(orepa.arange(4):gt(2), 0)"},
+    {"masked_fill_", l_masked_fill_,
+     "t:masked_fill_(mask, value) -> t\nt:masked_fill(mask, value) written into t.\n"
+     "> orepa.arange(4):masked_fill_(orepa.arange(4):gt(2), 0)"},
     {"copy_", l_copy,
      "t:copy_(source) -> t\nWrites the source, broadcast and converted, into t.\n"
      "> orepa.zeros(2, 3):copy_(orepa.ones(3))"},
@@ -215,6 +264,7 @@ static const bind_row methods[] = {
 };
 
 void bind_elementwise_family(lua_State *L) {
+  bind_register(L, "orepa.", functions);
   luaL_getmetatable(L, BIND_TENSOR);
   bind_push_methods(L);
   register_functions(L);

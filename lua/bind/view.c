@@ -145,21 +145,117 @@ static int l_move(lua_State *L) {
   BIND_RETURN_SELF(L, orepa_move_(t, kind.dtype, kind.device));
 }
 
-/* cat({a, b, ...}, dim) */
-static int l_cat(lua_State *L) {
+/* Of a function of a list of tensors and perhaps a dimension: the tensors, in memory that is pushed behind these. */
+static orepa_tensor **read_parts(lua_State *L, const char *function, int *count) {
   luaL_checktype(L, 1, LUA_TTABLE);
-  int count = (int)lua_rawlen(L, 1);
-  if (!count)
-    return bind_error(L, "cat: a list of at least one tensor expected");
-  orepa_tensor **parts = lua_newuserdatauv(L, (size_t)count * sizeof *parts, 0);
-  luaL_checkstack(L, 8, "cat");
-  for (int k = 0; k < count; k++) {
-    lua_rawgeti(L, 1, k + 1); /* the list keeps it alive */
+  lua_settop(L, 2);
+  *count = (int)lua_rawlen(L, 1);
+  if (!*count)
+    bind_error(L, "%s: a list of at least one tensor expected", function);
+  orepa_tensor **parts = lua_newuserdatauv(L, (size_t)*count * sizeof *parts, 0);
+  luaL_checkstack(L, 8, function);
+  for (int k = 0; k < *count; k++) {
+    lua_rawgeti(L, 1, k + 1);
     parts[k] = bind_test_tensor(L, -1);
     if (!parts[k])
-      return bind_error(L, "cat: part %d is a %s, not a tensor", k + 1, luaL_typename(L, -1));
+      bind_error(L, "%s: part %d is a %s, not a tensor", function, k + 1, luaL_typename(L, -1));
     lua_pop(L, 1);
   }
+  return parts;
+}
+
+/* t with a new dimension of size 1, pushed. */
+static orepa_tensor *push_unsqueezed(lua_State *L, orepa_tensor *t, int axis) {
+  int64_t shape[OREPA_MAX_RANK];
+  for (int d = 0; d <= orepa_rank(t); d++)
+    shape[d] = d == axis ? 1 : orepa_shape(t)[d - (d > axis)];
+  orepa_tensor **made = bind_new(L);
+  *made = orepa_reshape(t, orepa_rank(t) + 1, shape);
+  if (!*made)
+    bind_fail(L);
+  return *made;
+}
+
+/* A dimension of t with one more, the first if none is named. */
+static int new_axis(lua_State *L, int index, orepa_tensor *t, const char *function) {
+  if (orepa_rank(t) == OREPA_MAX_RANK)
+    bind_error(L, "%s: a tensor has at most %d dimensions", function, OREPA_MAX_RANK);
+  return lua_isnoneornil(L, index) ? 0 : bind_axis(L, index, orepa_rank(t) + 1, function);
+}
+
+/* stack({a, b, ...}, dim) */
+static int l_stack(lua_State *L) {
+  int count;
+  orepa_tensor **parts = read_parts(L, "stack", &count);
+  int axis = new_axis(L, 2, parts[0], "stack");
+  for (int k = 1; k < count; k++)
+    if (orepa_rank(parts[k]) != orepa_rank(parts[0]))
+      return bind_error(L, "stack: part %d has %d dimensions, the first %d", k + 1, orepa_rank(parts[k]),
+                        orepa_rank(parts[0]));
+  luaL_checkstack(L, count + 8, "stack: too many parts");
+  for (int k = 0; k < count; k++)
+    parts[k] = push_unsqueezed(L, parts[k], axis);
+  BIND_RETURN(L, orepa_concatenate(count, parts, axis));
+}
+
+static int l_unsqueeze(lua_State *L) {
+  orepa_tensor *t = bind_tensor(L, 1);
+  push_unsqueezed(L, t, new_axis(L, 2, t, "unsqueeze"));
+  return 1;
+}
+
+/* Without one dimension of size 1, or without all of them. */
+static int l_squeeze(lua_State *L) {
+  orepa_tensor *t = bind_tensor(L, 1);
+  int64_t shape[OREPA_MAX_RANK];
+  int rank = 0, axis = lua_isnoneornil(L, 2) ? -1 : bind_axis(L, 2, orepa_rank(t), "squeeze");
+  if (axis >= 0 && orepa_shape(t)[axis] != 1)
+    return bind_error(L, "squeeze: dimension %d has size %I, not 1", axis + 1, (lua_Integer)orepa_shape(t)[axis]);
+  for (int d = 0; d < orepa_rank(t); d++)
+    if (axis >= 0 ? d != axis : orepa_shape(t)[d] != 1)
+      shape[rank++] = orepa_shape(t)[d];
+  BIND_RETURN(L, orepa_reshape(t, rank, shape));
+}
+
+/* t:split(size or {sizes}, dim): views, in a list. */
+static int l_split(lua_State *L) {
+  orepa_tensor *t = bind_tensor(L, 1);
+  int axis = lua_isnoneornil(L, 3) ? (orepa_rank(t) ? 0 : bind_error(L, "split: a scalar has no dimensions"))
+                                   : bind_axis(L, 3, orepa_rank(t), "split");
+  bool list = lua_istable(L, 2);
+  int64_t size = orepa_shape(t)[axis], each = list ? 0 : bind_integer(L, 2, "split: the size"), first = 0;
+  if (!list && each < 1)
+    return bind_error(L, "split: the size is %I, at least 1 expected", (lua_Integer)each);
+  int64_t parts = list ? (int64_t)lua_rawlen(L, 2) : (size + each - 1) / each;
+  lua_createtable(L, (int)(parts < 1 << 20 ? parts : 0), 0);
+  for (int64_t k = 0; k < parts; k++) {
+    int64_t length = each;
+    if (list) {
+      lua_rawgeti(L, 2, k + 1);
+      length = bind_integer(L, -1, "split: a size");
+      lua_pop(L, 1);
+    }
+    length = !list && length > size - first ? size - first : length;
+    if (length < 0 || length > size - first)
+      return bind_error(L, "split: size %I of part %I does not fit into the %I that are left of dimension %d",
+                        (lua_Integer)length, (lua_Integer)(k + 1), (lua_Integer)(size - first), axis + 1);
+    orepa_tensor **part = bind_new(L);
+    *part = orepa_slice(t, axis, first, first + length, 1);
+    if (!*part)
+      return bind_fail(L);
+    lua_rawseti(L, -2, k + 1);
+    first += length;
+  }
+  if (first != size)
+    return bind_error(L, "split: the sizes come to %I, dimension %d has %I", (lua_Integer)first, axis + 1,
+                      (lua_Integer)size);
+  return 1;
+}
+
+/* cat({a, b, ...}, dim) */
+static int l_cat(lua_State *L) {
+  int count;
+  orepa_tensor **parts = read_parts(L, "cat", &count);
   int axis = lua_isnoneornil(L, 2) ? 0 : bind_axis(L, 2, orepa_rank(parts[0]), "cat");
   BIND_RETURN(L, orepa_concatenate(count, parts, axis));
 }
@@ -185,6 +281,9 @@ static const bind_row functions[] = {
     {"cat", l_cat,
      "cat({a, b, ...}, dim) -> tensor\nPuts tensors together along a dimension, the first if none is given. All other "
      "sizes agree.\n> orepa.cat({orepa.ones(1, 2), orepa.zeros(2, 2)}, 1)"},
+    {"stack", l_stack,
+     "stack({a, b, ...}, dim) -> tensor\nPuts tensors of one shape side by side along a new dimension, the first if "
+     "none is given.\n> orepa.stack({orepa.ones(3), orepa.zeros(3)}, 2)"},
     {"pad", l_pad,
      "pad(x, {before, after, ...}, value) -> tensor\nSurrounds each dimension with elements of one value (0); negative "
      "widths crop.\n> orepa.pad(orepa.ones(2), {1, 2})"},
@@ -211,6 +310,17 @@ static const bind_row methods[] = {
     {"select", l_select,
      "t:select(dim, position) -> tensor\nA view of one position; the dimension goes away.\n"
      "> orepa.ones(2, 3):select(2, -1)"},
+    {"unsqueeze", l_unsqueeze,
+     "t:unsqueeze(dim) -> tensor\nA view with a new dimension of size 1, which will be the first if none is named.\n"
+     "> orepa.ones(2, 3):unsqueeze(-1)"},
+    {"squeeze", l_squeeze,
+     "t:squeeze(dim) -> tensor\nA view without a dimension of size 1, or without all that have it.\n"
+     "> orepa.ones(2, 1, 3):squeeze(2)"},
+    {"split", l_split,
+     "t:split(size, dim) -> {tensors}\nViews of `size` positions each along a dimension, the first if none is given; "
+     "the "
+     "last may be shorter. A list of sizes gives one for each.\n> orepa.arange(7):split(3)\n"
+     "> orepa.ones(4, 5):split({2, 3}, 2)"},
     {"expand", l_expand,
      "t:expand(sizes...) -> tensor\nA view that repeats dimensions of size 1; new ones come first.\n"
      "> orepa.ones(3, 1):expand(3, 4)"},

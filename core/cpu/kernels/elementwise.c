@@ -41,6 +41,7 @@ typedef void loop(int64_t n, void *dst, const void *const *sources);
 #define LOOPS_REAL(name, forward)                                                                                      \
   FORWARD(name##_float, float, float, forward) FORWARD(name##_double, double, double, forward)
 #define LOOPS_ANY(name, forward) LOOPS_REAL(name, forward) FORWARD(name##_int64, int64_t, int64_t, forward)
+#define LOOPS_CHOICE(name, forward) LOOPS_ANY(name, forward)
 #define LOOPS_COMPARE(name, forward)                                                                                   \
   FORWARD(name##_float, uint8_t, float, forward)                                                                       \
   FORWARD(name##_double, uint8_t, double, forward) FORWARD(name##_int64, uint8_t, int64_t, forward)
@@ -57,6 +58,7 @@ ELEMENTWISE_ROWS(ROW)
 #define INT64_REAL(name) NULL
 #define INT64_ANY(name) name##_int64
 #define INT64_COMPARE(name) name##_int64
+#define INT64_CHOICE(name) name##_int64
 
 static const struct {
   int operands;
