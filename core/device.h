@@ -161,6 +161,16 @@ struct orepa_device {
   /* Element k in logical order is element k of draw `draw` of the generator: uniform in [0, 1), or normal. */
   device_status (*random)(device_context *, const device_array *dst, bool normal, uint64_t seed, uint64_t draw);
 
+  /* ---- elements found by integers: along one axis an element's position is what index (int64) says, along others its
+   * own. index has the shape of y, or of x where y is added to; the other array may be larger, any may have strides. An
+   * index that is no position is an offence, by its own position along the axis; such elements are left out, or 0. */
+  /* y[p] = x[p, index[p] along the axis], of any type */
+  device_status (*gather)(device_context *, int axis, const device_array *y, const device_array *x,
+                          const device_array *index);
+  /* y[p, index[p] along the axis] += x[p], from the first position along it to the last; float32, float64 or int64 */
+  device_status (*scatter_add)(device_context *, int axis, const device_array *y, const device_array *x,
+                               const device_array *index);
+
   /* ---- element-wise and reductions */
   /* Function f of elementwise.h: `derivative` 0 is the forward expression of sources a, b, c; 1, 2, 3 are da, db, dc of
    * sources dy, a, b, c, y. A source without data is the number beside it. Sources have dst's shape (strides 0

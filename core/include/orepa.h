@@ -297,6 +297,16 @@ OREPA_API orepa_tensor *orepa_concatenate(int count, orepa_tensor *const *parts,
 /* before[d] and after[d] elements of `value` around each axis; negative ones crop. */
 OREPA_API orepa_tensor *orepa_pad(orepa_tensor *x, const int64_t *before, const int64_t *after, double value);
 
+/* ---- elements found by integers: index is int64 and counts from 0 -------------------------------------------------
+ */
+
+/* y[p] = x[p, index[p] along the axis], of the index's shape, which is no larger than x along other axes. */
+OREPA_API orepa_tensor *orepa_gather(orepa_tensor *x, int axis, orepa_tensor *index);
+/* Those positions along the axis that a list (N) names, in its order. */
+OREPA_API orepa_tensor *orepa_index_select(orepa_tensor *x, int axis, orepa_tensor *list);
+/* t with source, of the index's shape, added: y[p, index[p] along the axis] += source[p]. */
+OREPA_API orepa_tensor *orepa_scatter_add(orepa_tensor *t, int axis, orepa_tensor *index, orepa_tensor *source);
+
 /* ---- linear algebra ---------------------------------------------------------------------------------------------- */
 
 /* (..., M, K) . (..., K, N) with leading axes broadcast; 1-d arguments as in NumPy. */

@@ -1,4 +1,4 @@
--- What orepa.F has beside the engine's own ops: activations under PyTorch's names, and dropout.
+-- What orepa.F has beside the engine's own ops: activations under PyTorch's names, dropout, and tables of vectors.
 
 local core = require "orepa.core"
 local document = require "orepa.document"
@@ -13,6 +13,19 @@ end
 function F.leaky_relu(x, slope)
   if not core.is_tensor(x) then core.fail(("leaky_relu: a tensor expected, got %s"):format(type(x))) end
   return x:leaky_relu(slope == nil and 0.01 or slope)
+end
+
+function F.embedding(indices, weight)
+  for k, t in ipairs { indices, weight } do
+    if not core.is_tensor(t) then core.fail(("embedding: argument %d: a tensor expected, got %s"):format(k, type(t))) end
+  end
+  if #weight.shape ~= 2 or indices.dtype ~= "int64" then
+    core.fail(("embedding: int64 indices and a matrix expected, got %s and a weight of %d dimensions"):format(indices.dtype,
+      #weight.shape))
+  end
+  local shape = indices.shape
+  shape[#shape + 1] = weight.shape[2]
+  return weight:index_select(1, indices:reshape(-1)):reshape(shape)
 end
 
 -- The options of a dropout, checked.
@@ -41,6 +54,10 @@ document("F.leaky_relu", [[
   F.leaky_relu(x, slope) -> tensor
   Negative elements are multiplied by a slope, 0.01 if none is given.
   > F.leaky_relu(orepa.tensor({-1, 2}), 0.1)]])
+document("F.embedding", [[
+  F.embedding(indices, weight) -> tensor
+  For each integer of a tensor of any shape that row of the weight (V, D), counted from 0: (..., D).
+  > F.embedding(orepa.tensor({{2, 0}}, {dtype = "int64"}), orepa.randn(3, 4))]])
 document("F.dropout", [[
   F.dropout(x, {p=, training=}) -> tensor
   Each element becomes 0 with probability p (0.5), others are divided by 1 - p; orepa.manual_seed repeats which. With

@@ -78,6 +78,25 @@ function Linear:extra()
   return ("%d -> %d"):format(self.options.in_features, self.options.out_features)
 end
 
+-- ---- Embedding ----
+
+local Embedding = layer "Embedding"
+
+function Embedding:init(o)
+  o = options("Embedding", o, { num_embeddings = required, embedding_dim = required })
+  for _, name in ipairs { "num_embeddings", "embedding_dim" } do o[name] = whole(o[name], 1, "Embedding", name) end
+  self.weight = Parameter(core.randn(o.num_embeddings, o.embedding_dim))
+  self.options = o
+end
+
+function Embedding:forward(x)
+  return F.embedding(x, self.weight)
+end
+
+function Embedding:extra()
+  return ("%d, %d"):format(self.options.num_embeddings, self.options.embedding_dim)
+end
+
 -- ---- BatchNorm2d ----
 
 local BatchNorm2d = layer "BatchNorm2d"
@@ -191,6 +210,10 @@ document("nn.Linear", [[
   nn.Linear{in_features=, out_features=, bias=} -> module
   x times the transposed weight, plus a bias.
   > nn.Linear{in_features = 4, out_features = 2}(orepa.ones(3, 4))]])
+document("nn.Embedding", [[
+  nn.Embedding{num_embeddings=, embedding_dim=} -> module
+  F.embedding with a table of its own, normal at first.
+  > nn.Embedding{num_embeddings = 10, embedding_dim = 3}(orepa.tensor({7, 0}, {dtype = "int64"}))]])
 document("nn.BatchNorm2d", [[
   nn.BatchNorm2d{num_features=, eps=, momentum=, affine=, track_running_stats=} -> module
   Normalises each channel; nn.BatchNorm2d(8) names the channels alone.
