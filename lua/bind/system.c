@@ -1,5 +1,6 @@
 /* system.c: seeds, memory, threads, the clock, and where time goes. */
 #include <string.h>
+#include <sys/ioctl.h>
 #include <unistd.h>
 
 #include "bind.h"
@@ -152,8 +153,12 @@ static int l_build_info(lua_State *L) {
 }
 
 static int l_is_terminal(lua_State *L) {
+  struct winsize size;
   lua_pushboolean(L, isatty(STDOUT_FILENO));
-  return 1;
+  if (ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) || !size.ws_col)
+    return 1;
+  lua_pushinteger(L, size.ws_col);
+  return 2;
 }
 
 /* fail(message): an error at the user's line, for the library's own Lua code. */
@@ -204,7 +209,8 @@ static const bind_row rows[] = {
      "build_info() -> string\nLibraries with their versions, and the processor's features.\n"
      "> orepa.build_info()"},
     {"is_terminal", l_is_terminal,
-     "is_terminal() -> boolean\nWhether standard output is a terminal.\n> orepa.is_terminal()"},
+     "is_terminal() -> boolean, columns\nWhether standard output is a terminal, and how wide it is, if it says so.\n"
+     "> orepa.is_terminal()"},
     {"fail", l_fail,
      "fail(message)\nRaises an error at the line of the user's code that led here.\n"
      "> pcall(orepa.fail, \"no\")"},

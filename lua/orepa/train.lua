@@ -4,6 +4,7 @@
 local core = require "orepa.core"
 local document = require "orepa.document"
 local options = require "orepa.options"
+local view = require "orepa.view"
 local F = core.F
 
 local train = {}
@@ -37,19 +38,17 @@ function Meter:result()
     images_per_second = self.images / math.max(seconds, 1e-9) }
 end
 
-local function show_progress(log, title, sums, step, steps)
+local function progress_text(title, sums, step, steps)
   local r, filled = sums:result(), math.floor(BAR * step / steps)
-  log:write(("\r%s [%s%s] %d/%d  loss %.4f  accuracy %.2f %%  %.0f images/s  %s left \27[K"):format(title, ("="):rep(filled),
-    (" "):rep(BAR - filled), step, steps, r.loss, 100 * r.accuracy, r.images_per_second,
-    duration(r.seconds / step * (steps - step))))
-  log:flush()
+  return ("%s [%s%s] %d/%d  accuracy %.2f %%  %s left"):format(title, ("="):rep(filled), (" "):rep(BAR - filled), step, steps,
+    100 * r.accuracy, duration(r.seconds / step * (steps - step)))
 end
 
-local function show_epoch(log, terminal, title, r, valid)
+local function show_epoch(log, title, r, valid)
   local text = ("%s  loss %.4f  accuracy %.2f %%  %.0f images/s  %s"):format(title, r.loss, 100 * r.accuracy,
     r.images_per_second, duration(r.seconds))
   if valid then text = ("%s  |  held out: loss %.4f  accuracy %.2f %%"):format(text, valid.loss, 100 * valid.accuracy) end
-  log:write(terminal and "\r" or "", text, terminal and "\27[K\n" or "\n")
+  log:write(text, "\n")
   log:flush()
 end
 
@@ -99,7 +98,8 @@ local function stop(what, epoch, step, rate)
   error(("train: %s in epoch %d, step %d (rate %.3g)"):format(what, epoch, step, rate), 0)
 end
 
--- One step; gives the loss and how many were right. The last step's gradients go first: the forward pass needs the room.
+-- One step; gives the loss, the gradients' norm and how many were right. The last step's gradients go first: the forward pass
+-- needs the room.
 local function one_step(o, images, labels, epoch, step)
   o.optimizer:zero_grad()
   local logits <close> = o.net(images)
@@ -112,24 +112,28 @@ local function one_step(o, images, labels, epoch, step)
     stop(("the gradient of '%s' is not finite"):format(culprit), epoch, step, o.optimizer.lr)
   end
   o.optimizer:step()
-  return value, core.no_grad(function() return count_correct(logits, labels) end)
+  return value, norm, core.no_grad(function() return count_correct(logits, labels) end)
 end
 
 -- All batches, or those until Ctrl-C.
 local function one_epoch(o, epoch, first_step)
-  local sums, step, title = meter(), 0, ("epoch %d/%d"):format(epoch, o.epochs)
-  local shown = 0
+  local sums, step, title, last = meter(), 0, ("epoch %d/%d"):format(epoch, o.epochs), core.clock()
   for images, labels in o.loader:epoch(epoch) do
     step = step + 1
     if o.schedule then o.optimizer.lr = o.schedule(first_step + step) end
     local n = labels.shape[1]
-    local loss, correct = one_step(o, images, labels, epoch, step)
+    local loss, norm, correct = one_step(o, images, labels, epoch, step)
     images:release()
     labels:release()
     sums:add(loss * n, correct, n)
-    if o.terminal and core.clock() - shown > 0.1 then
-      show_progress(o.log, title, sums, step, o.loader.batches)
-      shown = core.clock()
+    if o.view then
+      local now = core.clock()
+      o.view:add("loss", loss)
+      o.view:add("rate", o.optimizer.lr)
+      o.view:add("gradient", norm)
+      o.view:add("images/s", n / math.max(1e-9, now - last))
+      last = now
+      o.view:draw(function() return progress_text(title, sums, step, o.loader.batches) end)
     end
     if core.interrupt_came() then
       title = ("%s, interrupted after step %d of %d"):format(title, step, o.loader.batches)
@@ -143,7 +147,7 @@ function train.fit(given)
   local o = options("train.fit", given, { net = options.required, optimizer = options.required, loader = options.required,
     epochs = options.required, schedule = options.optional, valid = options.optional, on_epoch = options.optional,
     loss = function(logits, labels) return F.cross_entropy(logits, labels) end, log = io.stdout })
-  o.terminal = o.log == io.stdout and core.is_terminal() and not os.getenv "NO_PROGRESS"
+  o.view = view.on_terminal(o.log)
   local history, steps = {}, 0
   local _ <close> = core.hold_interrupt()
   if not o.net.training then o.net:train() end -- else each module keeps its own mode, such as that of a frozen norm
@@ -153,7 +157,8 @@ function train.fit(given)
     result.epoch, result.rate = epoch, o.optimizer.lr
     result.valid = o.valid and train.evaluate(o.net, o.valid) or nil
     history[epoch] = result
-    show_epoch(o.log, o.terminal, title, result, result.valid)
+    if o.view then o.view:clear() end
+    show_epoch(o.log, title, result, result.valid)
     if core.interrupt_came() then history.interrupted = true end
     if o.on_epoch then o.on_epoch(result) end
     if history.interrupted then break end
@@ -164,9 +169,10 @@ end
 document("train.fit", [[
   train.fit{net=, optimizer=, loader=, epochs=, schedule=, valid=, loss=, on_epoch=, log=} -> history
   Trains: for each epoch all batches of the loader, then the held-out ones. schedule(step) gives the rate; on_epoch(result) is
-  called after each epoch. On a terminal a bar shows progress, otherwise there is one line an epoch. A loss or a gradient that is
-  not finite is an error that names the step and the parameter. Ctrl-C ends the epoch after the step that runs, as if it had no
-  more batches, and with it the training; history.interrupted says so. A second one within two seconds ends the program.
+  called after each epoch. A terminal shows progress meanwhile, with bars of the losses, the rate, the gradients' norm and the
+  speed. A loss or a gradient that is not finite is an error that names the step and the parameter. Ctrl-C ends the epoch after
+  the step that runs, as if it had no more batches, and with it the training; history.interrupted says so. A second one within
+  two seconds ends the program.
   > local d = data.images{images = orepa.rand(8, 1, 4, 4), labels = orepa.zeros({8}, {dtype = "int64"}), classes = 2}
   > local net = nn.Sequential(nn.Conv2d{in_channels = 1, out_channels = 2, kernel_size = 4}, nn.AdaptiveAvgPool2d(1))
   > local Head = nn.Module:extend("Head"); function Head:init() self.body = net end

@@ -79,7 +79,7 @@ function terminal:finish()
   return rest, self.pseudo:wait()
 end
 
--- Types the text again and again until the program ends.
+-- Types the text again and again until the program ends, as finish(), or a prompt is there: nil.
 function terminal:insist(text)
   for _ = 1, PATIENCE do
     self:type(text)
@@ -89,6 +89,7 @@ function terminal:insist(text)
       self.unread = self.unread .. (more or "")
     until not more or more == ""
     if not more then return self:finish() end
+    if self.unread:find(READS) then return nil end
   end
   error(("the program does not end; there is: %q"):format(self.unread), 0)
 end
