@@ -4,9 +4,10 @@ local program = os.getenv "OREPA_PROGRAM" or "build/orepa"
 
 describe("docs/reference.md", function()
   it("is up to date", function()
-    local pipe <close> = assert(io.popen(("'%s' scripts/reference.lua"):format(program)))
+    local pipe = assert(io.popen(("'%s' scripts/reference.lua"):format(program)))
     local file <close> = assert(io.open "docs/reference.md")
     assert.equal(pipe:read "a", file:read "a")
+    assert(pipe:close())
   end)
 end)
 
