@@ -72,31 +72,54 @@ function repl.show(value) return (show(value, 0, {})) end
 
 -- ---- pieces ----
 
+local CHUNK = "=stdin"
+
 -- A function that evaluates the text, an expression or statements; or nil and what is wrong, "more" where it only ends too
--- early.
+-- early. An expression's values are a call's arguments: what it calls is then no tail call, and errors know this line.
 function repl.compile(text)
-  local f, as_expression = load("return " .. text:gsub("^%s*=", ""), "=stdin")
-  if f then return f end
+  local values = text:gsub("^%s*=", "")
+  local f, as_expression = load("return " .. values, CHUNK)
+  if f then
+    local expression = load("return (...)(" .. values .. ")", CHUNK) or load("return (...)(" .. values .. "\n)", CHUNK)
+    return function()
+      local list = expression(table.pack)
+      return table.unpack(list, 1, list.n)
+    end
+  end
   local message
-  f, message = load(text, "=stdin")
+  f, message = load(text, CHUNK)
   if f then return f end
   local early = message:sub(-5) == "<eof>" or as_expression:sub(-5) == "<eof>"
   return nil, early and "more" or message
 end
 
--- Only what lies between the error and the prompt.
+-- The library's Lua files begin with this.
+local LIBRARY = debug.getinfo(1, "S").source:match "^(.*/)"
+
+-- Whether somebody's own function was called between the prompt and the error, not the library's alone.
+local function has_own_calls()
+  local level = 3 -- who raised the error
+  while true do
+    local call = debug.getinfo(level, "S")
+    if not call or call.source == CHUNK and call.what == "main" then return false end
+    if call.what ~= "C" and call.source:sub(1, #LIBRARY) ~= LIBRARY then return true end
+    level = level + 1
+  end
+end
+
+-- An error, with the calls between it and the prompt if there are such.
 local function trace(message)
   if type(message) ~= "string" then
     local meta = debug.getmetatable(message)
     message = type(meta) == "table" and rawget(meta, "__tostring") and tostring(message) or repl.show(message)
   end
+  if not has_own_calls() then return message end
   local lines = {}
   for line in debug.traceback(message, 2):gmatch "[^\n]+" do
-    if line:find "in function 'xpcall'" then break end
+    line = line:gsub("^(\tstdin:%d+: in) upvalue 'expression'$", "%1 main chunk")
     lines[#lines + 1] = line
+    if line:find "^\tstdin:%d+: in main chunk$" then break end
   end
-  local first = message:gsub("[^\n]", ""):len() + 3 -- below the message and the head of the trace
-  if not lines[first] or not lines[first + 1] and lines[first]:find "in main chunk$" then return message end
   return table.concat(lines, "\n")
 end
 

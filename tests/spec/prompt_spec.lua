@@ -84,6 +84,34 @@ describe("at the prompt", function()
   end)
 end)
 
+describe("a recorded session", function()
+  -- Lines that begin with a prompt were typed; what follows is the answer.
+  local function recorded()
+    local steps = {}
+    for line in io.lines(process.root .. "/tests/spec/recorded_session.txt") do
+      local prompt, typed = line:match "^(>>? )(.*)$"
+      if prompt then
+        steps[#steps + 1] = { prompt = prompt, typed = typed, answer = "" }
+      else
+        steps[#steps].answer = steps[#steps].answer .. line .. "\n"
+      end
+    end
+    return steps
+  end
+
+  it("gets the same answers again", function()
+    local steps = recorded()
+    assert(#steps > 60)
+    local _, prompt = open()
+    for k, step in ipairs(steps) do
+      assert.equal(step.prompt, prompt, ("before '%s'"):format(step.typed))
+      local answer
+      answer, prompt = t:ask(step.typed)
+      assert.equal(step.answer, answer, ("to '%s', number %d"):format(step.typed, k))
+    end
+  end)
+end)
+
 describe("Ctrl-C", function()
   local function stops(line)
     t:type("print('star' .. 'ted') " .. line .. "\r")

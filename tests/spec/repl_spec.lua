@@ -59,6 +59,9 @@ describe("a piece", function()
     assert.equal(3, repl.compile("= 1 + 2")())
     assert.same({ 1, 2 }, { repl.compile("1, 2")() })
     assert.same({}, { repl.compile("do local x = 3 end")() })
+    assert.equal(3, repl.compile("1 + 2 -- three")())
+    assert.equal(2, select("#", repl.compile("nil, nil")()))
+    assert.is_nil(repl.compile("1) + (2"))
   end)
 
   it("goes on where it only ends too early", function()
@@ -166,9 +169,17 @@ describe("the loop", function()
   it("shows where an error was, and not the prompt's own calls", function()
     local text = session { "function at_fault() error('here') end", "at_fault()" }
     assert(text:find "stdin:1: here\nstack traceback:")
-    assert(text:find "in function 'at_fault'")
+    assert(text:find "in function 'at_fault'\n\tstdin:1: in main chunk\n> $")
     assert(not text:find "xpcall")
     rawset(_G, "at_fault", nil)
+  end)
+
+  it("shows an error of the library's at the line that called it, without the library's own calls", function()
+    local text = session { "nn.Conv2d{in_chanels = 3}", "nn.Sequential(nn.ReLU())(3)",
+      "function deep() return deep() + 1 end", "deep()" }
+    assert(text:find "^> stdin:1: Conv2d: unknown option 'in_chanels'[^\n]*\n> stdin:1: [^\n]*\n> > stdin:1: stack overflow")
+    assert(#text < 20000)
+    rawset(_G, "deep", nil)
   end)
 end)
 
