@@ -29,13 +29,11 @@ static int check_inside(const char *op, const orepa_tensor *t, const orepa_tenso
 
 /* What a kernel found out of range. */
 static int check_offence(const char *op, const orepa_device *device, int axis, int64_t size) {
-  device_context *context = device_context_of(device);
-  if (device->synchronize || context->offence_position < 0)
+  int64_t value, position;
+  if (!op_offence(device, &value, &position))
     return 0;
-  int64_t position = context->offence_position;
-  context->offence_position = -1;
   return error_set("%s: %lld, at position %lld of dimension %d of the index, is outside 0 ... %lld", op,
-                   (long long)context->offence, (long long)position + 1, axis + 1, (long long)size - 1);
+                   (long long)value, (long long)position + 1, axis + 1, (long long)size - 1);
 }
 
 /* ---- kernels ---- */

@@ -88,17 +88,12 @@ static int check_labels(const orepa_tensor *logits, const orepa_tensor *labels, 
   return 0;
 }
 
-/* What a kernel found out of range, as the device's context has it; asked at once where work is done when a call
- * returns. */
 static int check_offence(const orepa_tensor *logits) {
-  device_context *context = device_context_of(logits->storage->device);
-  if (context->offence_position < 0)
+  int64_t label, position;
+  if (!op_offence(logits->storage->device, &label, &position))
     return 0;
-  int64_t position = context->offence_position;
-  context->offence_position = -1;
-  return error_set("cross_entropy: label %lld at position %lld is outside 0 ... %lld (logits %s)",
-                   (long long)context->offence, (long long)position + 1, (long long)logits->shape[1] - 1,
-                   shape_text(logits->rank, logits->shape));
+  return error_set("cross_entropy: label %lld at position %lld is outside 0 ... %lld (logits %s)", (long long)label,
+                   (long long)position + 1, (long long)logits->shape[1] - 1, shape_text(logits->rank, logits->shape));
 }
 
 static int rows_backward(autograd_node *node, orepa_tensor *dloss, orepa_tensor **dx) {
@@ -130,8 +125,7 @@ static orepa_tensor *row_losses(orepa_tensor *logits, orepa_tensor *labels, cons
     move_last(&from, 1);
     failed = DISPATCH("cross_entropy", logits->dtype, device, cross_entropy_forward, o->label_smoothing,
                       o->ignore_index, &to, &z, &from, &classes) ||
-             (!device->synchronize && check_offence(logits)) ||
-             autograd_record(&rows_op, loss, &logits, 1, 3, sizeof *o, &node);
+             check_offence(logits) || autograd_record(&rows_op, loss, &logits, 1, 3, sizeof *o, &node);
   }
   if (node) {
     *(orepa_cross_entropy_options *)node->payload = *o;

@@ -18,6 +18,18 @@ int op_same_kind(const char *op, int count, orepa_tensor *const *tensors, const 
 /* Contiguous, without a graph: what kernels with dense arguments read. A new reference. */
 orepa_tensor *op_dense(orepa_tensor *t);
 
+/* Whether a kernel found a value out of range (a label, an index) since this was asked last: which, and where. Asked at
+ * once, where work is done when a call returns. */
+static inline bool op_offence(const orepa_device *device, int64_t *value, int64_t *position) {
+  device_context *context = device_context_of(device);
+  if (device->synchronize || context->offence_position < 0)
+    return false;
+  *value = context->offence;
+  *position = context->offence_position;
+  context->offence_position = -1;
+  return true;
+}
+
 /* The type of what is kept for each channel of a map, statistics and parameters: float32 beside short floats. */
 orepa_dtype op_channel_dtype(const orepa_tensor *map);
 

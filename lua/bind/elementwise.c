@@ -13,11 +13,14 @@ static void operands_of(lua_State *L, orepa_function f, orepa_operand *operands)
     operands[k] = bind_operand(L, k + 1);
 }
 
-static int l_apply(lua_State *L) {
-  orepa_function f = (orepa_function)lua_tointeger(L, lua_upvalueindex(1));
+static int apply(lua_State *L, orepa_function f) {
   orepa_operand operands[3];
   operands_of(L, f, operands);
   BIND_RETURN(L, orepa_apply(f, operands));
+}
+
+static int l_apply(lua_State *L) {
+  return apply(L, (orepa_function)lua_tointeger(L, lua_upvalueindex(1)));
 }
 
 static int l_apply_in_place(lua_State *L) {
@@ -191,10 +194,7 @@ static int l_matmul(lua_State *L) {
 /* ---- masks ---- */
 
 static int l_where(lua_State *L) {
-  orepa_function f = orepa_function_by_name("where");
-  orepa_operand operands[3];
-  operands_of(L, f, operands);
-  BIND_RETURN(L, orepa_apply(f, operands));
+  return apply(L, orepa_function_by_name("where"));
 }
 
 /* value where the mask is true, else t. */

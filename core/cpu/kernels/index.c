@@ -47,11 +47,31 @@ static void note(offence *first, int64_t position, int64_t value) {
     *first = (offence){position, value};
 }
 
-static void report(device_context *context, const offence *first, int64_t length) {
-  if (first->position < length && context->offence_position < 0) {
-    context->offence = first->value;
-    context->offence_position = first->position;
+/* Numbers first ... last - 1 of what a task is cut from, of element k of the rest. */
+typedef void piece(const index_plan *p, const device_array *y, const device_array *x, const device_array *index,
+                   int64_t k, int64_t first, int64_t last, offence *found);
+
+/* All elements of the rest, `span` numbers each. */
+static device_status run_pieces(device_context *context, const index_plan *p, int64_t span, piece *run,
+                                const device_array *y, const device_array *x, const device_array *index) {
+  int64_t pieces = (span + PIECE - 1) / PIECE;
+  offence first = {p->length, 0};
+#pragma omp parallel if (p->others * p->length * p->width >= PARALLEL_FROM)
+  {
+    offence found = {p->length, 0};
+#pragma omp for schedule(static) nowait
+    for (int64_t task = 0; task < p->others * pieces; task++) {
+      int64_t start = task % pieces * PIECE, end = start + PIECE < span ? start + PIECE : span;
+      run(p, y, x, index, task / pieces, start, end, &found);
+    }
+#pragma omp critical
+    note(&first, found.position, found.value);
   }
+  if (first.position < p->length && context->offence_position < 0) {
+    context->offence = first.value;
+    context->offence_position = first.position;
+  }
+  return DEVICE_DONE;
 }
 
 /* ---- gather ---- */
@@ -86,21 +106,8 @@ static void gather_piece(const index_plan *p, const device_array *y, const devic
 device_status KERNEL(gather)(device_context *context, int axis, const device_array *y, const device_array *x,
                              const device_array *index) {
   index_plan p = plan_of(axis, y, x, index);
-  int64_t pieces = p.width ? (p.length + PIECE - 1) / PIECE : 0; /* nothing is named where there is nothing to move */
-  offence first = {p.length, 0};
-#pragma omp parallel if (p.others * p.length * p.width >= PARALLEL_FROM)
-  {
-    offence found = {p.length, 0};
-#pragma omp for schedule(static) nowait
-    for (int64_t task = 0; task < p.others * pieces; task++) {
-      int64_t start = task % pieces * PIECE, end = start + PIECE < p.length ? start + PIECE : p.length;
-      gather_piece(&p, y, x, index, task / pieces, start, end, &found);
-    }
-#pragma omp critical
-    note(&first, found.position, found.value);
-  }
-  report(context, &first, p.length);
-  return DEVICE_DONE;
+  /* nothing is named where there is nothing to move */
+  return run_pieces(context, &p, p.width ? p.length : 0, gather_piece, y, x, index);
 }
 
 /* ---- scatter_add ---- */
@@ -137,19 +144,5 @@ device_status KERNEL(scatter_add)(device_context *context, int axis, const devic
   if (y->dtype != OREPA_FLOAT32 && y->dtype != OREPA_FLOAT64 && y->dtype != OREPA_INT64)
     return DEVICE_UNSUPPORTED;
   index_plan p = plan_of(axis, x, y, index);
-  int64_t pieces = (p.width + PIECE - 1) / PIECE;
-  offence first = {p.length, 0};
-#pragma omp parallel if (p.others * p.length * p.width >= PARALLEL_FROM)
-  {
-    offence found = {p.length, 0};
-#pragma omp for schedule(static) nowait
-    for (int64_t task = 0; task < p.others * pieces; task++) {
-      int64_t start = task % pieces * PIECE, end = start + PIECE < p.width ? start + PIECE : p.width;
-      add_piece(&p, y, x, index, task / pieces, start, end, &found);
-    }
-#pragma omp critical
-    note(&first, found.position, found.value);
-  }
-  report(context, &first, p.length);
-  return DEVICE_DONE;
+  return run_pieces(context, &p, p.width, add_piece, y, x, index);
 }

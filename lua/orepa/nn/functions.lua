@@ -5,16 +5,11 @@ local document = require "orepa.document"
 local options = require "orepa.options"
 local module = require "orepa.nn.module"
 local dropout_options = require("orepa.functional").dropout_options
-local F, Module = core.F, module.Module
+local F = core.F
 
 local functions = {}
 
-local function layer(name)
-  local class = Module:extend(name)
-  class.library = true
-  functions[name] = class
-  return class
-end
+local layer = module.internal.lister(functions)
 
 -- ---- functions of one tensor ----
 

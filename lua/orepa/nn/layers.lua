@@ -5,17 +5,12 @@ local document = require "orepa.document"
 local options = require "orepa.options"
 local whole, sizes = require("orepa.reparam").check.whole, require("orepa.reparam").check.pair
 local module = require "orepa.nn.module"
-local F, Module, Parameter = core.F, module.Module, module.internal.Parameter
+local F, Parameter = core.F, module.internal.Parameter
 local required = options.required
 
 local layers = {}
 
-local function layer(name)
-  local class = Module:extend(name)
-  class.library = true
-  layers[name] = class
-  return class
-end
+local layer = module.internal.lister(layers)
 
 local function pair(value)
   return type(value) == "table" and ("%dx%d"):format(value[1], value[2]) or ("%dx%d"):format(value, value)

@@ -487,5 +487,15 @@ for name, text in pairs {
   document("m:" .. name, ("%s\n%s\n> %s"):format(text[1], text[2], (text[3]:gsub("SMALL", (small:gsub("%%", "%%%%"))))))
 end
 
+-- A function that makes classes of the library's and lists them.
+function internal.lister(classes)
+  return function(name)
+    local class = Module:extend(name)
+    class.library = true
+    classes[name] = class
+    return class
+  end
+end
+
 Module[Instance] = {}
 return { Module = Module, internal = internal }
