@@ -162,14 +162,24 @@ struct orepa_device {
   device_status (*random)(device_context *, const device_array *dst, bool normal, uint64_t seed, uint64_t draw);
 
   /* ---- elements found by integers: along one axis an element's position is what index (int64) says, along others its
-   * own. index has the shape of y, or of x where y is added to; the other array may be larger, any may have strides. An
-   * index that is no position is an offence, by its own position along the axis; such elements are left out, or 0. */
-  /* y[p] = x[p, index[p] along the axis], of any type */
+   * own. index has the shape of y, or of x where y is written to; the other array may be larger, any may have strides.
+   * An index that is no position is an offence, by its own position along the axis. */
+  /* y[p] = x[p, index[p] along the axis], of any type; 0 at an offence */
   device_status (*gather)(device_context *, int axis, const device_array *y, const device_array *x,
                           const device_array *index);
-  /* y[p, index[p] along the axis] += x[p], from the first position along it to the last; float32, float64 or int64 */
-  device_status (*scatter_add)(device_context *, int axis, const device_array *y, const device_array *x,
-                               const device_array *index);
+  /* y[p, index[p] along the axis] = x[p], of any type, or += x[p], of float32, float64 or int64: from the first
+   * position along it to the last, so that the last one stays. Nothing is written if there is an offence. */
+  device_status (*scatter)(device_context *, bool adds, int axis, const device_array *y, const device_array *x,
+                           const device_array *index);
+
+  /* ---- order and running sums along one axis */
+  /* positions (int64; x's shape, along the axis perhaps shorter): where the elements of x are that come first when they
+   * are sorted. Equals stay in their order, and NaN is the largest. */
+  device_status (*sort)(device_context *, int axis, bool descending, const device_array *positions,
+                        const device_array *x);
+  /* y[k] = x[0] + ... + x[k], or from x[k] to the last; of one type, float32, float64 or int64 */
+  device_status (*running_sum)(device_context *, int axis, bool from_last, const device_array *y,
+                               const device_array *x);
 
   /* ---- element-wise and reductions */
   /* Function f of elementwise.h: `derivative` 0 is the forward expression of sources a, b, c; 1, 2, 3 are da, db, dc of

@@ -14,6 +14,9 @@
 #ifndef OREPA_CORE_ELEMENTWISE_H
 #define OREPA_CORE_ELEMENTWISE_H
 
+#include <math.h>
+#include <stdint.h>
+
 enum { ELEMENTWISE_REAL, ELEMENTWISE_ANY, ELEMENTWISE_COMPARE, ELEMENTWISE_CHOICE };
 enum { NEEDS_A = 1, NEEDS_B = 2, NEEDS_C = 4, NEEDS_Y = 8, PASSES = 16, NO_GRADIENT = 32 };
 
@@ -22,6 +25,47 @@ enum { NEEDS_A = 1, NEEDS_B = 2, NEEDS_C = 4, NEEDS_Y = 8, PASSES = 16, NO_GRADI
 
 /* The operands of a function are at most three; a derivative reads dy, a, b, c, y, in this order. */
 enum { ELEMENTWISE_MAX_OPERANDS = 3, ELEMENTWISE_MAX_SOURCES = 5 };
+
+/* The quotient rounded down, and what it leaves, which has the sign of b: as Lua's // and %. Of an integer divided by 0
+ * both are 0. */
+#define FLOOR_DIVIDE(a, b)                                                                                             \
+  _Generic((a), int64_t                                                                                                \
+           : elementwise_floor_divide_int64, float                                                                     \
+           : elementwise_floor_divide_float, default                                                                   \
+           : elementwise_floor_divide_double)(a, b)
+#define REMAINDER(a, b)                                                                                                \
+  _Generic((a), int64_t                                                                                                \
+           : elementwise_remainder_int64, float                                                                        \
+           : elementwise_remainder_float, default                                                                      \
+           : elementwise_remainder_double)(a, b)
+
+static inline int64_t elementwise_floor_divide_int64(int64_t a, int64_t b) {
+  if (b == 0 || b == -1)
+    return b ? (int64_t)(0 - (uint64_t)a) : 0;
+  return a / b - (a % b != 0 && (a ^ b) < 0);
+}
+
+static inline int64_t elementwise_remainder_int64(int64_t a, int64_t b) {
+  int64_t left = b == 0 || b == -1 ? 0 : a % b;
+  return left != 0 && (left ^ b) < 0 ? left + b : left;
+}
+
+static inline float elementwise_floor_divide_float(float a, float b) {
+  return (float)floor((double)a / b); /* in float the quotient might round up to a whole number */
+}
+
+static inline double elementwise_floor_divide_double(double a, double b) {
+  return floor(a / b);
+}
+
+static inline double elementwise_remainder_double(double a, double b) {
+  double left = fmod(a, b);
+  return left != 0 && (left < 0) != (b < 0) ? left + b : left;
+}
+
+static inline float elementwise_remainder_float(float a, float b) {
+  return (float)elementwise_remainder_double(a, b);
+}
 
 #define ELEMENTWISE_ROWS(ROW)                                                                                          \
   ROW(add, 2, ANY, a + b, PASSES, dy, PASSES, dy, NO_GRADIENT, 0)                                                      \
@@ -36,6 +80,14 @@ enum { ELEMENTWISE_MAX_OPERANDS = 3, ELEMENTWISE_MAX_SOURCES = 5 };
       NEEDS_A + NEEDS_B, a > b ? dy : (a == b ? dy / 2 : 0), NO_GRADIENT, 0)                                           \
   ROW(neg, 1, ANY, -a, 0, -dy, NO_GRADIENT, 0, NO_GRADIENT, 0)                                                         \
   ROW(abs, 1, ANY, a<0 ? -a : a + 0, NEEDS_A, a> 0 ? dy : (a < 0 ? -dy : 0), NO_GRADIENT, 0, NO_GRADIENT, 0)           \
+  ROW(sign, 1, ANY, a > 0 ? 1 : (a < 0 ? -1 : a), 0, 0, NO_GRADIENT, 0, NO_GRADIENT, 0)                                \
+  ROW(floor, 1, REAL, floor(a), 0, 0, NO_GRADIENT, 0, NO_GRADIENT, 0)                                                  \
+  ROW(ceil, 1, REAL, ceil(a), 0, 0, NO_GRADIENT, 0, NO_GRADIENT, 0)                                                    \
+  ROW(round, 1, REAL, rint(a), 0, 0, NO_GRADIENT, 0, NO_GRADIENT, 0)                                                   \
+  ROW(floor_divide, 2, ANY, FLOOR_DIVIDE(a, b), 0, 0, 0, 0, NO_GRADIENT, 0)                                            \
+  ROW(remainder, 2, ANY, REMAINDER(a, b), PASSES, dy, NEEDS_A + NEEDS_B, -dy * FLOOR_DIVIDE(a, b), NO_GRADIENT, 0)     \
+  ROW(sin, 1, REAL, sin(a), NEEDS_A, dy *cos(a), NO_GRADIENT, 0, NO_GRADIENT, 0)                                       \
+  ROW(cos, 1, REAL, cos(a), NEEDS_A, -dy *sin(a), NO_GRADIENT, 0, NO_GRADIENT, 0)                                      \
   ROW(sqrt, 1, REAL, sqrt(a), NEEDS_Y, dy / (2 * y), NO_GRADIENT, 0, NO_GRADIENT, 0)                                   \
   ROW(exp, 1, REAL, exp(a), NEEDS_Y, dy *y, NO_GRADIENT, 0, NO_GRADIENT, 0)                                            \
   ROW(log, 1, REAL, log(a), NEEDS_A, dy / a, NO_GRADIENT, 0, NO_GRADIENT, 0)                                           \
@@ -65,7 +117,12 @@ enum { ELEMENTWISE_MAX_OPERANDS = 3, ELEMENTWISE_MAX_SOURCES = 5 };
   ROW(le, 2, COMPARE, a <= b, NO_GRADIENT, 0, NO_GRADIENT, 0, NO_GRADIENT, 0)                                          \
   ROW(gt, 2, COMPARE, a > b, NO_GRADIENT, 0, NO_GRADIENT, 0, NO_GRADIENT, 0)                                           \
   ROW(ge, 2, COMPARE, a >= b, NO_GRADIENT, 0, NO_GRADIENT, 0, NO_GRADIENT, 0)                                          \
-  ROW(isfinite, 1, COMPARE, a - a == 0, NO_GRADIENT, 0, NO_GRADIENT, 0, NO_GRADIENT, 0)
+  ROW(isfinite, 1, COMPARE, a - a == 0, NO_GRADIENT, 0, NO_GRADIENT, 0, NO_GRADIENT, 0)                                \
+  ROW(isnan, 1, COMPARE, a != a, NO_GRADIENT, 0, NO_GRADIENT, 0, NO_GRADIENT, 0)                                       \
+  ROW(logical_not, 1, COMPARE, a == 0, NO_GRADIENT, 0, NO_GRADIENT, 0, NO_GRADIENT, 0)                                 \
+  ROW(logical_and, 2, COMPARE, (a != 0) & (b != 0), NO_GRADIENT, 0, NO_GRADIENT, 0, NO_GRADIENT, 0)                    \
+  ROW(logical_or, 2, COMPARE, (a != 0) | (b != 0), NO_GRADIENT, 0, NO_GRADIENT, 0, NO_GRADIENT, 0)                     \
+  ROW(logical_xor, 2, COMPARE, (a != 0) ^ (b != 0), NO_GRADIENT, 0, NO_GRADIENT, 0, NO_GRADIENT, 0)
 
 /* FUNCTION_add, FUNCTION_sub, ..., FUNCTION_COUNT */
 #define ELEMENTWISE_ENUM(name, ...) FUNCTION_##name,

@@ -306,6 +306,21 @@ OREPA_API orepa_tensor *orepa_gather(orepa_tensor *x, int axis, orepa_tensor *in
 OREPA_API orepa_tensor *orepa_index_select(orepa_tensor *x, int axis, orepa_tensor *list);
 /* t with source, of the index's shape, added: y[p, index[p] along the axis] += source[p]. */
 OREPA_API orepa_tensor *orepa_scatter_add(orepa_tensor *t, int axis, orepa_tensor *index, orepa_tensor *source);
+/* t with source written there instead: where integers are equal the last one stays, and it alone has a gradient. */
+OREPA_API orepa_tensor *orepa_scatter(orepa_tensor *t, int axis, orepa_tensor *index, orepa_tensor *source);
+OREPA_API int orepa_scatter_(orepa_tensor *t, int axis, orepa_tensor *index, orepa_tensor *source);
+/* Writes source, broadcast and converted, into those positions along the axis that a list names. */
+OREPA_API int orepa_index_copy_(orepa_tensor *t, int axis, orepa_tensor *list, orepa_tensor *source);
+
+/* ---- order along an axis ----------------------------------------------------------------------------------------- */
+
+/* Where the `count` elements are (int64, from 0) that come first when x is sorted; equals in their order, NaN as the
+ * largest. */
+OREPA_API orepa_tensor *orepa_argsort(orepa_tensor *x, int axis, int64_t count, bool descending);
+/* The positions, in logical order, of elements that are not 0: int64 (count). Waits for the device. */
+OREPA_API orepa_tensor *orepa_nonzero(orepa_tensor *x);
+/* y[k] = x[0] + ... + x[k] along the axis; integers and bools give int64. */
+OREPA_API orepa_tensor *orepa_cumsum(orepa_tensor *x, int axis);
 
 /* ---- linear algebra ---------------------------------------------------------------------------------------------- */
 

@@ -34,17 +34,32 @@ device_status ref_gather(device_context *context, int axis, const device_array *
   return DEVICE_DONE;
 }
 
-device_status ref_scatter_add(device_context *context, int axis, const device_array *y, const device_array *x,
-                              const device_array *index) {
+/* Whether every element of index is a position. */
+static bool all_are_places(device_context *context, int axis, const device_array *y, const device_array *index) {
+  bool all = true;
+  for (int64_t k = 0; k < ref_count(index); k++)
+    all = place_of(context, axis, y, index, k) >= 0 && all;
+  return all;
+}
+
+static void scatter_one(bool adds, const device_array *y, int64_t to, const device_array *x, int64_t from) {
+  size_t size = orepa_dtype_size(x->dtype);
+  if (!adds)
+    memcpy((char *)y->data + to * (int64_t)size, (const char *)x->data + from * (int64_t)size, size);
+  else if (y->dtype == OREPA_INT64)
+    ref_set_integer(y, to, (int64_t)((uint64_t)ref_get_integer(y, to) + (uint64_t)ref_get_integer(x, from)));
+  else
+    ref_set(y, to, ref_get(y, to) + ref_get(x, from));
+}
+
+device_status ref_scatter(device_context *context, bool adds, int axis, const device_array *y, const device_array *x,
+                          const device_array *index) {
   REF_ENTRY;
-  if (y->dtype != OREPA_FLOAT32 && y->dtype != OREPA_FLOAT64 && y->dtype != OREPA_INT64)
+  if (adds && y->dtype != OREPA_FLOAT32 && y->dtype != OREPA_FLOAT64 && y->dtype != OREPA_INT64)
     return DEVICE_UNSUPPORTED;
-  for (int64_t k = 0; k < ref_count(index); k++) {
-    int64_t to = place_of(context, axis, y, index, k), from = ref_at(x, k);
-    if (to >= 0 && y->dtype == OREPA_INT64)
-      ref_set_integer(y, to, (int64_t)((uint64_t)ref_get_integer(y, to) + (uint64_t)ref_get_integer(x, from)));
-    else if (to >= 0)
-      ref_set(y, to, ref_get(y, to) + ref_get(x, from));
-  }
+  if (!all_are_places(context, axis, y, index))
+    return DEVICE_DONE;
+  for (int64_t k = 0; k < ref_count(index); k++)
+    scatter_one(adds, y, place_of(context, axis, y, index, k), x, ref_at(x, k));
   return DEVICE_DONE;
 }

@@ -14,7 +14,7 @@
 /* clang-format off */
 #define REF_ENTRIES(ENTRY)                                                                                             \
   ENTRY(allocate) ENTRY(deallocate) ENTRY(available) ENTRY(upload) ENTRY(download) ENTRY(copy) ENTRY(fill)             \
-  ENTRY(random) ENTRY(gather) ENTRY(scatter_add) ENTRY(elementwise) ENTRY(reduce) ENTRY(square_sums) ENTRY(matmul) ENTRY(conv_fusion) ENTRY(conv_forward)                  \
+  ENTRY(random) ENTRY(gather) ENTRY(scatter) ENTRY(sort) ENTRY(running_sum) ENTRY(elementwise) ENTRY(reduce) ENTRY(square_sums) ENTRY(matmul) ENTRY(conv_fusion) ENTRY(conv_forward)                  \
   ENTRY(conv_backward_data) ENTRY(conv_backward_weight) ENTRY(norm_moments) ENTRY(norm_finalize) ENTRY(norm_apply)     \
   ENTRY(norm_backward) ENTRY(max_pool_forward) ENTRY(max_pool_backward) ENTRY(avg_pool_forward)                        \
   ENTRY(avg_pool_backward) ENTRY(softmax_forward) ENTRY(softmax_backward) ENTRY(cross_entropy_forward)                 \

@@ -115,6 +115,7 @@ orepa_operand bind_operand(lua_State *L, int index);
 /* ---- the families: each adds its functions to the module table on top of the stack, and its methods to Tensor's */
 void bind_tensor_family(lua_State *L);
 void bind_view_family(lua_State *L);
+void bind_index_family(lua_State *L);
 void bind_elementwise_family(lua_State *L);
 void bind_functional_family(lua_State *L);
 void bind_autograd_family(lua_State *L);
@@ -126,6 +127,8 @@ void bind_file_family(lua_State *L);
 void bind_data_family(lua_State *L);
 void bind_reparam_family(lua_State *L);
 
+/* Pushes the table whose functions get and set are what t[key] does of a list or a tensor: orepa/indexing.lua. */
+void bind_push_indexing(lua_State *L);
 /* Pushes the table of Tensor's methods. */
 void bind_push_methods(lua_State *L);
 

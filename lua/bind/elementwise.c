@@ -30,8 +30,8 @@ static int l_apply_in_place(lua_State *L) {
   BIND_RETURN_SELF(L, orepa_apply_in_place(f, operands));
 }
 
-/* Lua calls __unm with its operand twice. */
-static int l_unm(lua_State *L) {
+/* Lua calls operators of one operand, as __unm, with it twice. */
+static int l_apply_to_one(lua_State *L) {
   lua_settop(L, 1);
   return l_apply(L);
 }
@@ -49,6 +49,21 @@ static const struct {
     {"maximum", NULL, "t:maximum(other) -> tensor\nThe larger of both; NaN wins.\n> orepa.arange(3):maximum(2)"},
     {"minimum", NULL, "t:minimum(other) -> tensor\nThe smaller of both; NaN wins.\n> orepa.arange(3):minimum(2)"},
     {"abs", NULL, "t:abs() -> tensor\nThe magnitude.\n> orepa.tensor({-1, 2}):abs()"},
+    {"sign", NULL, "t:sign() -> tensor\n1, 0 or -1; NaN stays.\n> orepa.tensor({-3, 0, 2}):sign()"},
+    {"floor", NULL,
+     "t:floor() -> tensor\nThe largest whole number not above each element.\n> orepa.tensor({-1.5, 2}):floor()"},
+    {"ceil", NULL,
+     "t:ceil() -> tensor\nThe smallest whole number not below each element.\n> orepa.tensor({-1.5, 2}):ceil()"},
+    {"round", NULL,
+     "t:round() -> tensor\nThe nearest whole number, the even one of two.\n> orepa.tensor({0.5, 1.5}):round()"},
+    {"floor_divide", "__idiv",
+     "t:floor_divide(other) -> tensor, t // other\nThe quotient rounded down; 0 where an integer is divided by 0.\n"
+     "> orepa.tensor({-7, 7}) // 2"},
+    {"remainder", "__mod",
+     "t:remainder(other) -> tensor, t % other\nWhat t // other leaves, with the sign of `other`; 0 where an integer is "
+     "divided by 0.\n> orepa.tensor({-7, 7}) % 4"},
+    {"sin", NULL, "t:sin() -> tensor\nThe sine of radians.\n> orepa.arange(3):sin()"},
+    {"cos", NULL, "t:cos() -> tensor\nThe cosine of radians.\n> orepa.arange(3):cos()"},
     {"sqrt", NULL, "t:sqrt() -> tensor\nThe square root.\n> orepa.arange(3):sqrt()"},
     {"exp", NULL, "t:exp() -> tensor\ne to the power of each element.\n> orepa.zeros(2):exp()"},
     {"log", NULL, "t:log() -> tensor\nThe natural logarithm.\n> orepa.ones(2):log()"},
@@ -87,11 +102,24 @@ static const struct {
     {"gt", NULL, "t:gt(other) -> bool tensor\nGreater than.\n> orepa.arange(3):gt(2)"},
     {"ge", NULL, "t:ge(other) -> bool tensor\nGreater than or equal.\n> orepa.arange(3):ge(2)"},
     {"isfinite", NULL, "t:isfinite() -> bool tensor\nNeither infinite nor NaN.\n> orepa.tensor({1, 1/0}):isfinite()"},
+    {"isnan", NULL, "t:isnan() -> bool tensor\nNot a number.\n> orepa.tensor({1, 0/0}):isnan()"},
+    {"logical_not", "__bnot", "t:logical_not() -> bool tensor, ~t\nWhether elements are 0.\n> ~orepa.arange(3):gt(1)"},
+    {"logical_and", "__band",
+     "t:logical_and(other) -> bool tensor, t & other\nWhether neither is 0.\n"
+     "> local t = orepa.arange(5); return t:gt(1) & t:lt(5)"},
+    {"logical_or", "__bor",
+     "t:logical_or(other) -> bool tensor, t | other\nWhether not both are 0.\n"
+     "> local t = orepa.arange(5); return t:lt(2) | t:gt(4)"},
+    {"logical_xor", "__bxor",
+     "t:logical_xor(other) -> bool tensor, t ~ other\nWhether one of both is 0.\n"
+     "> local t = orepa.arange(5); return t:lt(4) ~ t:gt(2)"},
 };
 
 /* Functions whose result is not of the first operand's type have no form that is written into it. */
 static bool has_in_place(const char *name) {
-  static const char *const names[] = {"eq", "ne", "lt", "le", "gt", "ge", "isfinite", "where"};
+  static const char *const names[] = {"eq",         "ne",          "lt",    "le",          "gt",
+                                      "ge",         "isfinite",    "isnan", "logical_not", "logical_and",
+                                      "logical_or", "logical_xor", "where"};
   for (size_t k = 0; k < sizeof names / sizeof *names; k++)
     if (!strcmp(names[k], name))
       return false;
@@ -123,7 +151,7 @@ static void register_functions(lua_State *L) {
     lua_pop(L, 1);
     if (documents[k].metamethod) {
       lua_pushinteger(L, orepa_function_by_name(name));
-      lua_pushcclosure(L, strcmp(name, "neg") ? l_apply : l_unm, 1);
+      lua_pushcclosure(L, orepa_function_arity(orepa_function_by_name(name)) == 1 ? l_apply_to_one : l_apply, 1);
       lua_setfield(L, -3, documents[k].metamethod);
     }
   }

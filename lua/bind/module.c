@@ -7,6 +7,7 @@ int luaopen_orepa_core(lua_State *L) {
   lua_newtable(L);
   bind_tensor_family(L);
   bind_view_family(L);
+  bind_index_family(L);
   bind_elementwise_family(L);
   bind_functional_family(L);
   bind_autograd_family(L);
@@ -17,6 +18,8 @@ int luaopen_orepa_core(lua_State *L) {
   bind_file_family(L);
   bind_data_family(L);
   bind_reparam_family(L);
+  bind_push_indexing(L);
+  lua_setfield(L, -2, "indexing");
   bind_push_methods(L);
   lua_setfield(L, -2, "methods");
   luaL_getsubtable(L, LUA_REGISTRYINDEX, "orepa.documentation");

@@ -331,7 +331,23 @@ static int64_t position(lua_State *L, int index, orepa_tensor *t) {
   return k > 0 ? k - 1 : k + size;
 }
 
+/* t[key] and t[key] = value of a list or a tensor: orepa/indexing.lua says what they are. */
+static int call_indexing(lua_State *L, const char *name, int results) {
+  bind_push_indexing(L);
+  lua_getfield(L, -1, name);
+  lua_replace(L, -2);
+  lua_insert(L, 1);
+  lua_call(L, lua_gettop(L) - 1, results);
+  return results;
+}
+
+static bool is_list_or_tensor(lua_State *L, int index) {
+  return lua_istable(L, index) || luaL_testudata(L, index, BIND_TENSOR);
+}
+
 static int l_index(lua_State *L) {
+  if (is_list_or_tensor(L, 2))
+    return call_indexing(L, "get", 1);
   if (lua_type(L, 2) == LUA_TNUMBER) {
     orepa_tensor *t = bind_tensor(L, 1);
     int64_t k = position(L, 2, t);
@@ -361,6 +377,8 @@ static int l_index(lua_State *L) {
 
 /* t[i] = v, or t.grad = g. */
 static int l_newindex(lua_State *L) {
+  if (is_list_or_tensor(L, 2))
+    return call_indexing(L, "set", 0);
   orepa_tensor *t = bind_tensor(L, 1);
   if (lua_type(L, 2) == LUA_TNUMBER) {
     int64_t k = position(L, 2, t);
@@ -464,6 +482,10 @@ static const luaL_Reg metamethods[] = {
     {"__len", l_len},
     {NULL, NULL},
 };
+
+void bind_push_indexing(lua_State *L) {
+  luaL_getsubtable(L, LUA_REGISTRYINDEX, "orepa.indexing");
+}
 
 void bind_push_methods(lua_State *L) {
   luaL_getsubtable(L, LUA_REGISTRYINDEX, "orepa.methods");

@@ -252,24 +252,6 @@ static int l_split(lua_State *L) {
   return 1;
 }
 
-static int l_gather(lua_State *L) {
-  orepa_tensor *t = bind_tensor(L, 1), *index = bind_tensor(L, 3);
-  int axis = bind_axis(L, 2, orepa_rank(t), "gather");
-  BIND_RETURN(L, orepa_gather(t, axis, index));
-}
-
-static int l_index_select(lua_State *L) {
-  orepa_tensor *t = bind_tensor(L, 1), *list = bind_tensor(L, 3);
-  int axis = bind_axis(L, 2, orepa_rank(t), "index_select");
-  BIND_RETURN(L, orepa_index_select(t, axis, list));
-}
-
-static int l_scatter_add(lua_State *L) {
-  orepa_tensor *t = bind_tensor(L, 1), *index = bind_tensor(L, 3), *source = bind_tensor(L, 4);
-  int axis = bind_axis(L, 2, orepa_rank(t), "scatter_add");
-  BIND_RETURN(L, orepa_scatter_add(t, axis, index, source));
-}
-
 /* cat({a, b, ...}, dim) */
 static int l_cat(lua_State *L) {
   int count;
@@ -339,18 +321,6 @@ static const bind_row methods[] = {
      "the "
      "last may be shorter. A list of sizes gives one for each.\n> orepa.arange(7):split(3)\n"
      "> orepa.ones(4, 5):split({2, 3}, 2)"},
-    {"gather", l_gather,
-     "t:gather(dim, index) -> tensor\nOf each place of an int64 tensor the element of t whose position along `dim` is "
-     "the "
-     "integer there, counted from 0, and along other dimensions its own. The index is no larger than t along those.\n"
-     "> orepa.arange(6):reshape(2, 3):gather(2, orepa.tensor({{0}, {2}}, {dtype = \"int64\"}))"},
-    {"index_select", l_index_select,
-     "t:index_select(dim, index) -> tensor\nThe positions along `dim` that a list of integers names, which count from "
-     "0.\n> orepa.arange(6):reshape(3, 2):index_select(1, orepa.tensor({2, 0, 2}, {dtype = \"int64\"}))"},
-    {"scatter_add", l_scatter_add,
-     "t:scatter_add(dim, index, source) -> tensor\nt with each element of `source` added where the index, of the same "
-     "shape, says: the reverse of gather. Equal integers add up, in their order.\n"
-     "> orepa.zeros(3):scatter_add(1, orepa.tensor({1, 1, 2}, {dtype = \"int64\"}), orepa.arange(3))"},
     {"expand", l_expand,
      "t:expand(sizes...) -> tensor\nA view that repeats dimensions of size 1; new ones come first.\n"
      "> orepa.ones(3, 1):expand(3, 4)"},

@@ -2,6 +2,9 @@
 
 local orepa = require "orepa.core"
 
+require "orepa.indexing"
+require "orepa.tensors"
+require "orepa.einsum"
 require "orepa.functional"
 require "orepa.losses"
 orepa.nn = require "orepa.nn"

@@ -1,29 +1,12 @@
--- Elements found by integers: gather, index_select, scatter_add, tables of vectors; values, gradients, what is refused.
+-- Elements found by integers: gather, index_select, scatter, scatter_add, tables of vectors; values, gradients, what is refused.
 
 local orepa = require "orepa"
 local fails = require "tests.spec.fails"
+local check_gradient = require "tests.spec.check_gradient"
 local nn, F = orepa.nn, orepa.F
 
 local function integers(list, device) return orepa.tensor(list, { dtype = "int64", device = device or "cpu" }) end
 local function list_of(t) return t:tolist() end
-
--- The slope of sum(f(x) * dy) by central differences, against backward, in float64.
-local function check_gradient(f, ...)
-  local numbers = orepa.arange(1, orepa.ones(...):count()):reshape(...) * 0.3
-  local x = numbers:to { dtype = "float64", device = "ref" }:requires_grad_()
-  local y = f(x)
-  local dy = (orepa.arange(1, y:count()) * 0.7 - 2):reshape(y.shape):to { dtype = "float64", device = "ref" }
-  y:backward(dy)
-  local found = x.grad:reshape(-1)
-  for k = 1, x:count() do
-    local function at(step)
-      local moved = x:detach():clone():reshape(-1)
-      moved[k] = moved[k] + step
-      return (f(moved:reshape(x.shape)) * dy):sum():item()
-    end
-    assert.near((at(1e-6) - at(-1e-6)) / 2e-6, found[k]:item(), 1e-6)
-  end
-end
 
 for _, device in ipairs { "cpu", "ref" } do
   describe("gather on " .. device, function()
@@ -86,6 +69,48 @@ for _, device in ipairs { "cpu", "ref" } do
   end)
 end
 
+for _, device in ipairs { "cpu", "ref" } do
+  describe("scatter on " .. device, function()
+    local t = orepa.zeros({ 2, 3 }, { device = device })
+    local index = integers({ { 2, 0 }, { 1, 1 } }, device)
+    local source = orepa.tensor({ { 1, 2 }, { 3, 4 } }, { device = device })
+
+    it("writes where the index says; the last of equals stays", function()
+      assert.same({ { 2, 0, 1 }, { 0, 4, 0 } }, list_of(t:scatter(2, index, source)))
+      assert.same({ { 7, 0, 7 }, { 0, 7, 0 } }, list_of(t:scatter(2, index, 7)))
+      assert.same({ { 0, 0, 0 }, { 0, 0, 0 } }, list_of(t))
+      for _, dtype in ipairs { "int64", "uint8", "bool", "bfloat16" } do
+        local y = t:to(dtype):scatter(2, index, source:to(dtype))
+        assert.same({ dtype, list_of(t:scatter(2, index, source:to(dtype):to "float32"):to(dtype)) }, { y.dtype, list_of(y) })
+      end
+    end)
+
+    it("is written in place as well, by what is in the same memory too", function()
+      local y = t:clone()
+      assert.equal(y, y:scatter_(2, index, source))
+      assert.same({ { 2, 0, 1 }, { 0, 4, 0 } }, list_of(y))
+      local cycle = integers({ 1, 2, 0 }, device)
+      assert.same({ 0, 1, 2 }, list_of(cycle:scatter_(1, cycle, cycle)))
+      local rows = orepa.arange(6):reshape(3, 2):to(device)
+      rows:index_copy_(1, integers({ 2, 0 }, device), orepa.tensor({ { 9, 8 } }, { dtype = "int64", device = device }))
+      assert.same({ { 9, 8 }, { 3, 4 }, { 9, 8 } }, list_of(rows))
+      rows:index_copy_(2, integers({ 1 }, device), 0)
+      assert.same({ { 9, 0 }, { 3, 0 }, { 9, 0 } }, list_of(rows))
+    end)
+
+    it("leaves everything as it was if an integer is no position", function()
+      local y = t:clone()
+      for _, method in ipairs { "scatter_", "scatter" } do
+        fails(method .. ": 3, at position 2 of dimension 2 of the index, is outside 0 %.%.%. 2", y[method], y, 2,
+          integers({ { 0, 3 } }, device), orepa.ones({ 1, 2 }, { device = device }))
+      end
+      fails("scatter_: %-1", y.index_copy_, y, 1, integers({ 0, -1 }, device), 5)
+      assert.same(list_of(t), list_of(y))
+      assert.same({ { 0, 0, 0 }, { 1, 1, 1 } }, list_of(y:index_copy_(1, integers({ 1 }, device), 1)))
+    end)
+  end)
+end
+
 describe("gradients of elements found by integers", function()
   local function there(list) return integers(list, "ref") end
 
@@ -95,6 +120,10 @@ describe("gradients of elements found by integers", function()
     check_gradient(function(x) return x:index_select(1, there { 2, 0, 2 }) end, 3, 2)
     check_gradient(function(x) return x:index_select(2, there { 1, 1 }):permute(2, 1, 4, 3) end, 2, 3, 2, 2)
     check_gradient(function(x) return x:scatter_add(1, there { { 0, 1, 0 } }, x:slice(1, 2, 2) * 2) end, 2, 3)
+    check_gradient(function(x) return x:scatter(1, there { { 0, 1, 0 } }, x:slice(1, 2, 2) * 2) end, 2, 3)
+    check_gradient(function(x) return x:scatter(2, there { { 1, 1, 0 }, { 2, 2, 2 } }, x * 2) end, 2, 3)
+    check_gradient(function(x) return (x * 2):scatter_(2, there { { 1, 1, 0 }, { 2, 2, 2 } }, x * x) end, 2, 3)
+    check_gradient(function(x) return (x * 2):index_copy_(1, there { 2, 0 }, x:slice(1, 2, 2)) end, 3, 2)
   end)
 
   it("of bfloat16 are summed in float32", function()
@@ -115,6 +144,9 @@ describe("an index", function()
     fails("an index of 3x1 does not fit float32 2x3 along dimension 2", x.gather, x, 2, integers { { 0 }, { 0 }, { 0 } })
     fails("the source is float32 2 on 'cpu'; float32 1x1 on 'cpu', as the index, expected", x.scatter_add, x, 1,
       integers { { 0 } }, orepa.ones(2))
+    fails("scatter: the source is float32 2", x.scatter, x, 1, integers { { 0 } }, orepa.ones(2))
+    fails("scatter_: an index of 3x1 does not fit", x.scatter_, x, 2, integers { { 0 }, { 0 }, { 0 } }, 1)
+    fails("index_copy_: expand: 2 does not broadcast", x.index_copy_, x, 1, integers { 0 }, orepa.ones(2))
     fails("gather", x.gather, x, 3, integers { { 0 } })
     fails("index_select: 7, at position 1 ", x.index_select, x, 1, integers { 7 })
     fails("scatter_add: 7, at position 1 ", x.scatter_add, x, 1, integers { { 7 } }, orepa.ones(1, 1))

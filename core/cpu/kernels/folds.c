@@ -6,11 +6,18 @@
 
 #include <math.h>
 
-enum { LANES = 32 /* partial values of a row, so that additions need not wait for one another */ };
+enum {
+  LANES = 32, /* partial values of a row, so that additions need not wait for one another */
+  /* Additions one after another in the elements' own type before the state takes the sum: so few lose no more in
+   * float32 than adding in pairs does. */
+  ADDITIONS = 32
+};
 
-/* `expression` makes one value of two, m before x, each an element or made of several. The state's type S has its pair
- * defined before. */
-#define FOLD(kind, T, S, field, identity, expression)                                                                  \
+#define ANY_NUMBER (INT64_MAX / LANES)
+
+/* `expression` makes one value of two, m before x, each an element or made of several, `most` of them one after another
+ * before the state takes the value in. The state's type S has its pair defined before. */
+#define FOLD(kind, T, S, field, identity, most, expression)                                                            \
   static inline T kind##_pair_##T(const T m, const T x) {                                                              \
     return expression;                                                                                                 \
   }                                                                                                                    \
@@ -36,7 +43,10 @@ enum { LANES = 32 /* partial values of a row, so that additions need not wait fo
                                                                                                                        \
   static void kind##_row_##T(int64_t n, const void *x, fold_value *value, int64_t *position, int64_t first) {          \
     (void)position, (void)first;                                                                                       \
-    value->field = kind##_pair_##S(value->field, kind##_run_##T(n, x));                                                \
+    for (int64_t i = 0, here; i < n; i += here) {                                                                      \
+      here = (n - i) / LANES < most ? n - i : most * LANES;                                                            \
+      value->field = kind##_pair_##S(value->field, kind##_run_##T(here, (const T *)x + i));                            \
+    }                                                                                                                  \
   }                                                                                                                    \
                                                                                                                        \
   static void kind##_columns_##T(int64_t rows, int64_t n, const void *from, int64_t stride, fold_value *values,        \
@@ -44,25 +54,27 @@ enum { LANES = 32 /* partial values of a row, so that additions need not wait fo
     (void)positions, (void)first;                                                                                      \
     const T *x = from;                                                                                                 \
     T made[FOLD_WIDTH];                                                                                                \
-    for (int64_t c = 0; c < n; c++)                                                                                    \
-      made[c] = identity;                                                                                              \
-    for (int64_t r = 0; r < rows; r++, x += stride)                                                                    \
+    for (int64_t r = 0; r < rows;) {                                                                                   \
       for (int64_t c = 0; c < n; c++)                                                                                  \
-        made[c] = kind##_pair_##T(made[c], x[c]);                                                                      \
-    for (int64_t c = 0; c < n; c++)                                                                                    \
-      values[c].field = kind##_pair_##S(values[c].field, made[c]);                                                     \
+        made[c] = identity;                                                                                            \
+      for (int64_t end = rows - r < most ? rows : r + most; r < end; r++, x += stride)                                 \
+        for (int64_t c = 0; c < n; c++)                                                                                \
+          made[c] = kind##_pair_##T(made[c], x[c]);                                                                    \
+      for (int64_t c = 0; c < n; c++)                                                                                  \
+        values[c].field = kind##_pair_##S(values[c].field, made[c]);                                                   \
+    }                                                                                                                  \
   }
 
-#define FOLDS(kind, least_real, least_integer, expression)                                                             \
-  FOLD(kind, double, double, real, least_real, expression)                                                             \
-  FOLD(kind, float, double, real, (float)least_real, expression)                                                       \
-  FOLD(kind, int64_t, int64_t, integer, least_integer, expression)
+#define FOLDS(kind, least_real, least_integer, most, expression)                                                       \
+  FOLD(kind, double, double, real, least_real, ANY_NUMBER, expression)                                                 \
+  FOLD(kind, float, double, real, (float)least_real, most, expression)                                                 \
+  FOLD(kind, int64_t, int64_t, integer, least_integer, ANY_NUMBER, expression)
 
-FOLDS(sum, 0, 0, m + x)
-FOLDS(max, -INFINITY, INT64_MIN, ((x > m) | (x != x)) ? x : m)
-FOLDS(min, INFINITY, INT64_MAX, ((x < m) | (x != x)) ? x : m)
-FOLDS(all, 1, 1, x == 0 ? 0 : m)
-FOLDS(any, 0, 0, x != 0 ? 1 : m)
+FOLDS(sum, 0, 0, ADDITIONS, m + x)
+FOLDS(max, -INFINITY, INT64_MIN, ANY_NUMBER, ((x > m) | (x != x)) ? x : m)
+FOLDS(min, INFINITY, INT64_MAX, ANY_NUMBER, ((x < m) | (x != x)) ? x : m)
+FOLDS(all, 1, 1, ANY_NUMBER, x == 0 ? 0 : m)
+FOLDS(any, 0, 0, ANY_NUMBER, x != 0 ? 1 : m)
 
 /* The position of the first of the best; NaN is better than all else. */
 #define ARG(kind, extreme, T, field, compare)                                                                          \

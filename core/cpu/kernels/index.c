@@ -51,9 +51,9 @@ static void note(offence *first, int64_t position, int64_t value) {
 typedef void piece(const index_plan *p, const device_array *y, const device_array *x, const device_array *index,
                    int64_t k, int64_t first, int64_t last, offence *found);
 
-/* All elements of the rest, `span` numbers each. */
-static device_status run_pieces(device_context *context, const index_plan *p, int64_t span, piece *run,
-                                const device_array *y, const device_array *x, const device_array *index) {
+/* All elements of the rest, `span` numbers each. Whether every integer that was looked at is a position. */
+static bool run_pieces(device_context *context, const index_plan *p, int64_t span, piece *run, const device_array *y,
+                       const device_array *x, const device_array *index) {
   int64_t pieces = (span + PIECE - 1) / PIECE;
   offence first = {p->length, 0};
 #pragma omp parallel if (p->others * p->length * p->width >= PARALLEL_FROM)
@@ -71,7 +71,7 @@ static device_status run_pieces(device_context *context, const index_plan *p, in
     context->offence = first.value;
     context->offence_position = first.position;
   }
-  return DEVICE_DONE;
+  return first.position == p->length;
 }
 
 /* ---- gather ---- */
@@ -107,42 +107,81 @@ device_status KERNEL(gather)(device_context *context, int axis, const device_arr
                              const device_array *index) {
   index_plan p = plan_of(axis, y, x, index);
   /* nothing is named where there is nothing to move */
-  return run_pieces(context, &p, p.width ? p.length : 0, gather_piece, y, x, index);
+  run_pieces(context, &p, p.width ? p.length : 0, gather_piece, y, x, index);
+  return DEVICE_DONE;
 }
 
-/* ---- scatter_add ---- */
+/* ---- scatter ---- */
 
 #define ADD_ROW(T)                                                                                                     \
   {                                                                                                                    \
-    T *sum = (T *)y->data + to + i * y->strides[p->axis];                                                              \
-    const T *more = (const T *)x->data + from + n * x->strides[p->axis];                                               \
+    T *sum = (T *)y->data + to;                                                                                        \
+    const T *more = (const T *)x->data + from;                                                                         \
     _Pragma("omp simd") for (int64_t c = first; c < last; c++) sum[c] += more[c];                                      \
   }
 
-/* Elements first ... last - 1 of the dense axis (0 ... 0 without one), of element k of the rest. */
-static void add_piece(const index_plan *p, const device_array *y, const device_array *x, const device_array *index,
-                      int64_t k, int64_t first, int64_t last, offence *found) {
-  const int64_t *named = (const int64_t *)index->data + begin(p, index, index, k);
-  int64_t to = begin(p, index, y, k), from = begin(p, index, x, k);
-  for (int64_t n = 0; n < p->length; n++) {
-    int64_t i = named[n * index->strides[p->axis]];
-    if (i < 0 || i >= y->shape[p->axis])
-      note(found, n, i);
-    else if (y->dtype == OREPA_FLOAT32)
-      ADD_ROW(float)
-    else if (y->dtype == OREPA_FLOAT64)
-      ADD_ROW(double)
-    else
-      ADD_ROW(uint64_t)
-  }
+static void add_row(const device_array *y, int64_t to, const device_array *x, int64_t from, int64_t first,
+                    int64_t last) {
+  if (y->dtype == OREPA_FLOAT32)
+    ADD_ROW(float)
+  else if (y->dtype == OREPA_FLOAT64)
+    ADD_ROW(double)
+  else
+    ADD_ROW(uint64_t)
 }
 #undef ADD_ROW
 
-/* Each task adds in the order of the axis, to elements that are no other's. */
-device_status KERNEL(scatter_add)(device_context *context, int axis, const device_array *y, const device_array *x,
-                                  const device_array *index) {
-  if (y->dtype != OREPA_FLOAT32 && y->dtype != OREPA_FLOAT64 && y->dtype != OREPA_INT64)
+static void set_row(const device_array *y, int64_t to, const device_array *x, int64_t from, int64_t first,
+                    int64_t last) {
+  int64_t size = (int64_t)orepa_dtype_size(y->dtype);
+  move((char *)y->data + (to + first) * size, (const char *)x->data + (from + first) * size,
+       (size_t)((last - first) * size));
+}
+
+typedef void write_row(const device_array *y, int64_t to, const device_array *x, int64_t from, int64_t first,
+                       int64_t last);
+
+/* Elements first ... last - 1 of the dense axis (0 ... 0 without one), of element k of the rest. */
+static inline void scatter_piece(write_row *write, const index_plan *p, const device_array *y, const device_array *x,
+                                 const device_array *index, int64_t k, int64_t first, int64_t last) {
+  const int64_t *named = (const int64_t *)index->data + begin(p, index, index, k);
+  int64_t to = begin(p, index, y, k), from = begin(p, index, x, k);
+  for (int64_t n = 0; n < p->length; n++)
+    write(y, to + named[n * index->strides[p->axis]] * y->strides[p->axis], x, from + n * x->strides[p->axis], first,
+          last);
+}
+
+static void add_piece(const index_plan *p, const device_array *y, const device_array *x, const device_array *index,
+                      int64_t k, int64_t first, int64_t last, offence *found) {
+  (void)found;
+  scatter_piece(add_row, p, y, x, index, k, first, last);
+}
+
+static void set_piece(const index_plan *p, const device_array *y, const device_array *x, const device_array *index,
+                      int64_t k, int64_t first, int64_t last, offence *found) {
+  (void)found;
+  scatter_piece(set_row, p, y, x, index, k, first, last);
+}
+
+/* Positions first ... last - 1 along the axis, of element k of the rest. */
+static void check_piece(const index_plan *p, const device_array *y, const device_array *x, const device_array *index,
+                        int64_t k, int64_t first, int64_t last, offence *found) {
+  (void)x;
+  const int64_t *named = (const int64_t *)index->data + begin(p, index, index, k);
+  for (int64_t n = first; n < last; n++) {
+    int64_t i = named[n * index->strides[p->axis]];
+    if (i < 0 || i >= y->shape[p->axis])
+      note(found, n, i);
+  }
+}
+
+/* Each task writes in the order of the axis, to elements that are no other's. */
+device_status KERNEL(scatter)(device_context *context, bool adds, int axis, const device_array *y,
+                              const device_array *x, const device_array *index) {
+  if (adds && y->dtype != OREPA_FLOAT32 && y->dtype != OREPA_FLOAT64 && y->dtype != OREPA_INT64)
     return DEVICE_UNSUPPORTED;
   index_plan p = plan_of(axis, x, y, index);
-  return run_pieces(context, &p, p.width, add_piece, y, x, index);
+  if (run_pieces(context, &p, p.width ? p.length : 0, check_piece, y, x, index))
+    run_pieces(context, &p, p.width, adds ? add_piece : set_piece, y, x, index);
+  return DEVICE_DONE;
 }

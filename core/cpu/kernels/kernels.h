@@ -7,7 +7,7 @@
 
 /* clang-format off */
 #define KERNEL_ENTRIES(ENTRY)                                                                         \
-  ENTRY(copy) ENTRY(fill) ENTRY(random) ENTRY(gather) ENTRY(scatter_add) ENTRY(elementwise)                                          \
+  ENTRY(copy) ENTRY(fill) ENTRY(random) ENTRY(gather) ENTRY(scatter) ENTRY(sort) ENTRY(running_sum) ENTRY(elementwise)                                          \
   ENTRY(reduce) ENTRY(square_sums) ENTRY(norm_moments) ENTRY(norm_finalize)                           \
   ENTRY(norm_apply) ENTRY(norm_backward) ENTRY(max_pool_forward) ENTRY(max_pool_backward)             \
   ENTRY(avg_pool_forward) ENTRY(avg_pool_backward) ENTRY(softmax_forward) ENTRY(softmax_backward)     \
