@@ -16,14 +16,14 @@ local function quoted(word)
   return "'" .. tostring(word):gsub("'", "'\\''") .. "'"
 end
 
--- Runs the program with arguments, without LUA_PATH and LUA_CPATH, in `folder` if one is given. Gives standard output and
--- standard error together, and the exit code (128 and more: a signal ended it). Waiting threads sleep: tests share processors.
--- `environment` is a table of variables.
-function process.run(arguments, folder, environment)
+-- Runs the program, or another command, with arguments, without LUA_PATH and LUA_CPATH, in `folder` if one is given. Gives
+-- standard output and standard error together, and the exit code (128 and more: a signal ended it). Waiting threads sleep:
+-- tests share processors. `environment` is a table of variables.
+function process.run(arguments, folder, environment, program)
   local words = { "unset LUA_PATH LUA_CPATH LUA_PATH_5_4 LUA_CPATH_5_4; export OMP_WAIT_POLICY=passive;" }
   for name, value in pairs(environment or {}) do words[#words + 1] = ("export %s=%s;"):format(name, quoted(value)) end
   if folder then words[#words + 1] = "cd " .. quoted(folder) .. " &&" end
-  words[#words + 1] = quoted(process.program)
+  words[#words + 1] = program or quoted(process.program)
   for _, argument in ipairs(arguments) do words[#words + 1] = quoted(argument) end
   words[#words + 1] = "2>&1 </dev/null"
   local pipe <close> = assert(io.popen(table.concat(words, " ")))
