@@ -125,6 +125,7 @@ void bind_interrupt_family(lua_State *L);
 void bind_optimizer_family(lua_State *L);
 void bind_file_family(lua_State *L);
 void bind_data_family(lua_State *L);
+void bind_image_family(lua_State *L);
 void bind_reparam_family(lua_State *L);
 
 /* Pushes the table whose functions get and set are what t[key] does of a list or a tensor: orepa/indexing.lua. */
