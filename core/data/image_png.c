@@ -7,6 +7,25 @@
 #include "data/image.h"
 #include "error.h"
 
+/* libpng says of memory that ran out no more than that something failed. */
+static png_voidp get_memory(png_structp png, png_alloc_size_t bytes) {
+  bool *out_of_memory = png_get_mem_ptr(png);
+  void *memory = malloc(bytes);
+  *out_of_memory |= !memory;
+  return memory;
+}
+
+static void put_memory(png_structp png, png_voidp memory) {
+  (void)png;
+  free(memory);
+}
+
+/* What it warns of costs no pixel. */
+static void on_warning(png_structp png, png_const_charp message) {
+  (void)png;
+  (void)message;
+}
+
 /* ---- reading ---- */
 
 typedef struct {
@@ -25,24 +44,6 @@ static void on_read_error(png_structp png, png_const_charp message) {
   else
     error_set("%s: is damaged, near byte %zu: %s", r->source->name, r->position, message);
   longjmp(r->escape, 1);
-}
-
-/* What it warns of costs no pixel. */
-static void on_warning(png_structp png, png_const_charp message) {
-  (void)png;
-  (void)message;
-}
-
-static png_voidp get_memory(png_structp png, png_alloc_size_t bytes) {
-  png_reading *r = png_get_mem_ptr(png);
-  void *memory = malloc(bytes);
-  r->out_of_memory |= !memory;
-  return memory;
-}
-
-static void put_memory(png_structp png, png_voidp memory) {
-  (void)png;
-  free(memory);
 }
 
 static void give_bytes(png_structp png, png_bytep to, size_t bytes) {
@@ -124,7 +125,8 @@ static int read_picture(png_reading *r) {
 }
 
 static int start_reading(png_reading *r) {
-  r->png = png_create_read_struct_2(PNG_LIBPNG_VER_STRING, r, on_read_error, on_warning, r, get_memory, put_memory);
+  r->png = png_create_read_struct_2(PNG_LIBPNG_VER_STRING, r, on_read_error, on_warning, &r->out_of_memory, get_memory,
+                                    put_memory);
   r->info = r->png ? png_create_info_struct(r->png) : NULL;
   if (!r->info)
     return error_out_of_memory("%s: out of memory while it was decoded", r->source->name);
@@ -155,12 +157,16 @@ typedef struct {
   image_bytes *bytes;
   png_structp png;
   png_infop info;
+  bool out_of_memory;
   jmp_buf escape;
 } png_writing;
 
 static void on_write_error(png_structp png, png_const_charp message) {
   png_writing *w = png_get_error_ptr(png);
-  error_set("cannot be written as PNG: %s", message);
+  if (w->out_of_memory)
+    error_out_of_memory("out of memory while it was encoded as PNG");
+  else
+    error_set("cannot be written as PNG: %s", message);
   longjmp(w->escape, 1);
 }
 
@@ -182,7 +188,8 @@ static int write_guarded(png_writing *w) {
   const image_raster *raster = w->raster;
   if (setjmp(w->escape))
     return -1;
-  w->png = png_create_write_struct(PNG_LIBPNG_VER_STRING, w, on_write_error, on_warning);
+  w->png = png_create_write_struct_2(PNG_LIBPNG_VER_STRING, w, on_write_error, on_warning, &w->out_of_memory,
+                                     get_memory, put_memory);
   w->info = w->png ? png_create_info_struct(w->png) : NULL;
   if (!w->info)
     return error_out_of_memory("out of memory: no room for libpng's state");
