@@ -16,6 +16,7 @@ local sections = {
   { "optim", "Optimizers and schedules", "`orepa.optim`" }, { "opt", "Methods of optimizers" },
   { "diagnose", "Diagnostics", "`orepa.diagnose`" }, { "watch", "Methods of watches" },
   { "data", "Data", "`orepa.data`" }, { "loader", "Methods of loaders" },
+  { "image", "Pictures", "`orepa.image`: PNG and JPEG, and what is done with pictures." },
   { "train", "Training", "`orepa.train`" }, { "live", "Methods of live views", "What `orepa.watch` gives." },
   { "models", "Models", '`require "orepa.models"`' }, { "datasets", "Datasets", '`require "orepa.datasets"`' },
 }

@@ -7,6 +7,7 @@
 
 #include "io/file.h"
 #include "io/format.h"
+#include "orepa_io.h"
 #include "tensor/tensor.h"
 
 /* ---- rasters ---- */
@@ -341,13 +342,6 @@ static int format_by_name(const char *path, orepa_image_format *format) {
   return 0;
 }
 
-static int write_file(const char *path, const void *bytes, size_t size) {
-  file_writer file;
-  if (file_create(&file, path))
-    return -1;
-  return file_finish(&file, file_write(&file, bytes, size) != 0);
-}
-
 int orepa_save_image(const char *path, orepa_tensor *t, const orepa_image_encoding *how) {
   orepa_image_encoding encoding = *how;
   void *bytes;
@@ -356,7 +350,7 @@ int orepa_save_image(const char *path, orepa_tensor *t, const orepa_image_encodi
     return -1;
   if (orepa_encode_image(t, &encoding, &bytes, &size))
     return error_prefix("%s: ", path);
-  int failed = write_file(path, bytes, size);
+  int failed = orepa_write_file(path, bytes, size);
   free(bytes);
   return failed;
 }

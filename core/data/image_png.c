@@ -57,11 +57,20 @@ static void give_bytes(png_structp png, png_bytep to, size_t bytes) {
   r->position += bytes;
 }
 
-/* Chunks that are of no use here, and may unpack to much: profiles and texts. */
-static void skip_chunks(png_structp png) {
-  static const png_byte names[] = "iCCP\0iTXt\0tEXt\0zTXt\0sPLT\0hIST";
-  png_set_keep_unknown_chunks(png, PNG_HANDLE_CHUNK_NEVER, NULL, 0);
-  png_set_keep_unknown_chunks(png, PNG_HANDLE_CHUNK_NEVER, names, (int)(sizeof names / 5));
+static int on_chunk(png_structp png, png_unknown_chunkp chunk) {
+  png_reading *r = png_get_user_chunk_ptr(png);
+  if (!memcmp(chunk->name, "eXIf", 4))
+    r->source->orientation = image_orientation(chunk->data, chunk->size);
+  return 1;
+}
+
+/* Profiles and texts are of no use here, and may unpack to much; libpng's own reading of EXIF asks for as much memory
+ * as the chunk claims. All of these are read as unknown ones, no larger than the file. */
+static void choose_chunks(png_reading *r) {
+  static const png_byte names[] = "eXIf\0iCCP\0iTXt\0tEXt\0zTXt\0sPLT\0hIST";
+  png_set_keep_unknown_chunks(r->png, PNG_HANDLE_CHUNK_NEVER, names, (int)(sizeof names / 5));
+  png_set_chunk_malloc_max(r->png, r->source->size);
+  png_set_read_user_chunk_fn(r->png, r, on_chunk);
 }
 
 /* Asks for samples of 8 bits, or of 16 where they are wanted and there; a palette's colours or its indices. */
@@ -98,13 +107,6 @@ static int read_header(png_reading *r) {
   return 0;
 }
 
-static void find_orientation(png_reading *r) {
-  png_bytep exif;
-  png_uint_32 size;
-  if (png_get_eXIf_1(r->png, r->info, &size, &exif))
-    r->source->orientation = image_orientation(exif, size);
-}
-
 static int read_picture(png_reading *r) {
   image_raster *raster = &r->source->raster;
   if (read_header(r))
@@ -120,7 +122,6 @@ static int read_picture(png_reading *r) {
     for (int64_t y = 0; y < raster->height; y++)
       png_read_row(r->png, raster->data + (size_t)y * row, NULL);
   png_read_end(r->png, r->info);
-  find_orientation(r);
   return 0;
 }
 
@@ -132,7 +133,7 @@ static int start_reading(png_reading *r) {
     return error_out_of_memory("%s: out of memory while it was decoded", r->source->name);
   png_set_user_limits(r->png, PNG_UINT_31_MAX, PNG_UINT_31_MAX);
   png_set_read_fn(r->png, r, give_bytes);
-  skip_chunks(r->png);
+  choose_chunks(r);
   return 0;
 }
 

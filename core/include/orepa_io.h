@@ -72,6 +72,11 @@ OREPA_API int orepa_save_safetensors(const char *path, const orepa_archive *arch
  * its objects, whose description has at most 64 MiB, some hundred bytes each. */
 OREPA_API orepa_archive *orepa_load_pytorch(const char *path, const orepa_device *device);
 
+/* ---- any file ---------------------------------------------------------------------------------------------------- */
+
+/* Writes the bytes beside the path, synced, and renames: after a failure the path holds what it held before. */
+OREPA_API int orepa_write_file(const char *path, const void *bytes, size_t size);
+
 #ifdef __cplusplus
 }
 #endif

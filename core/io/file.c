@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "error.h"
+#include "orepa_io.h"
 
 /* One system call moves at most this much: Linux stops a little below 2 GiB. */
 enum { LARGEST_TRANSFER = 1 << 30 };
@@ -193,4 +194,11 @@ int file_finish(file_writer *file, bool failed) {
   free(file->target);
   free(file->temporary);
   return failed ? -1 : 0;
+}
+
+int orepa_write_file(const char *path, const void *bytes, size_t size) {
+  file_writer file;
+  if (file_create(&file, path))
+    return -1;
+  return file_finish(&file, file_write(&file, bytes, size) != 0);
 }

@@ -110,6 +110,13 @@ static int l_save(lua_State *L) {
   return orepa_save_safetensors(path, *archive) ? bind_fail(L) : 0;
 }
 
+static int l_write_file(lua_State *L) {
+  const char *path = luaL_checkstring(L, 1);
+  size_t size;
+  const char *bytes = luaL_checklstring(L, 2, &size);
+  return orepa_write_file(path, bytes, size) ? bind_fail(L) : 0;
+}
+
 static const bind_row rows[] = {
     {"load", l_load,
      "load(path, {device=}) -> tensors, metadata, names\nReads a safetensors file, or a checkpoint that torch.save "
@@ -126,6 +133,11 @@ static const bind_row rows[] = {
      "the "
      "path never holds half a file. `names` gives the order, sorted if it is left out.\n"
      "> orepa.save(os.tmpname(), {x = orepa.ones(2)}, {origin = \"example\"})"},
+    {"write_file", l_write_file,
+     "write_file(path, text)\nWrites a file of any bytes as orepa.save does: beside the path, synced, then renamed, so "
+     "that "
+     "the path never holds half a file.\n"
+     "> orepa.write_file(os.tmpname(), \"all or nothing\")"},
     {NULL, NULL, NULL},
 };
 

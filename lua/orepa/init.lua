@@ -13,6 +13,7 @@ orepa.reparam = require "orepa.reparam"
 for name, value in pairs(require "orepa.data") do
   orepa.data[name] = value
 end
+require "orepa.plot"
 orepa.train = require "orepa.train"
 orepa.diagnose = require "orepa.diagnose"
 orepa.watch = require("orepa.view").watch

@@ -128,7 +128,8 @@ end
 -- Where the first words of documentation's names lead.
 local function roots()
   return { orepa = orepa, nn = orepa.nn, F = orepa.F, optim = orepa.optim, data = orepa.data, reparam = orepa.reparam,
-    train = orepa.train, diagnose = orepa.diagnose, models = require "orepa.models", datasets = require "orepa.datasets" }
+    train = orepa.train, diagnose = orepa.diagnose, image = orepa.image, models = require "orepa.models",
+    datasets = require "orepa.datasets" }
 end
 
 local function at_path(from, path)

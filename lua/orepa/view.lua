@@ -10,13 +10,16 @@ local view = {}
 
 local BLOCKS, LETTERS = { "▁", "▂", "▃", "▄", "▅", "▆", "▇", "█" }, { "_", ".", "-", "~", "=", "+", "*", "#" }
 
-local function bars_of_terminal()
+-- Whether the terminal is said to know UTF-8.
+function view.has_utf8()
   local locale = ""
   for _, name in ipairs { "LC_ALL", "LC_CTYPE", "LANG" } do
     if locale == "" then locale = os.getenv(name) or "" end
   end
-  return locale:lower():find "utf%-?8" and BLOCKS or LETTERS
+  return locale:lower():find "utf%-?8" ~= nil
 end
+
+local function bars_of_terminal() return view.has_utf8() and BLOCKS or LETTERS end
 
 local WIDTH = 32 -- bars of a line
 

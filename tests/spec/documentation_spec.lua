@@ -18,6 +18,7 @@ local images = data.images { images = orepa.zeros(2, 4, 4), labels = orepa.zeros
 local places = {
   orepa = orepa, F = orepa.F, nn = nn, ["nn.init"] = nn.init, optim = optim, data = data, train = orepa.train,
   reparam = orepa.reparam, models = models, datasets = datasets, diagnose = orepa.diagnose,
+  image = orepa.image,
 }
 local objects = {
   t = { orepa.methods }, m = { nn.Module }, b = { nn.ReparamBlock }, list = { nn.ModuleList, nn.Sequential },

@@ -1,5 +1,5 @@
 """Writes small pictures of every kind into tests/fuzz/seeds/image, and what Pillow (12, with libjpeg-turbo 3.2) and the definition
-of PNG say of their pixels into expected.json: {file: {"shape": ..., "bytes": hex}} in several variants.
+of PNG say of their pixels into expected.json: {file: {"shape": ..., "bytes": hex}} in several variants; and resized.json.
 
     python make.py        needs Pillow, NumPy, and jpegtran of libjpeg-turbo-progs
 """
@@ -230,12 +230,26 @@ def broken():
     write("checksum.png", whole[:-20] + bytes([whole[-20] ^ 1]) + whole[-19:])
     write("cut.jpg", (SEEDS / "420.jpg").read_bytes()[:-60])
     write("cut_progressive.jpg", (SEEDS / "progressive.jpg").read_bytes()[:-2])
+    turned = (SEEDS / "turned.png").read_bytes()
+    length = turned.index(b"eXIf") - 4
+    write("claim_exif.png", turned[:length] + struct.pack(">I", 2**27) + turned[length + 4:])
     write("picture.gif", b"GIF89a\1\0\1\0\0\0\0;")
+
+
+def resized():
+    """Numbers in other sizes, as Pillow's BILINEAR makes them of floats."""
+    source = RANDOM.random((7, 5)).astype(numpy.float32)
+    picture = Image.fromarray(source)
+    sizes = [(7, 5), (3, 2), (14, 10), (1, 1), (9, 3), (2, 11)]
+    results = [numpy.asarray(picture.resize((w, h), Image.BILINEAR)).tolist() for h, w in sizes]
+    text = json.dumps({"source": source.tolist(), "sizes": sizes, "results": results})
+    (FOLDER / "resized.json").write_text(text + "\n")
 
 
 SEEDS.mkdir(exist_ok=True)
 pngs()
 jpegs()
 broken()
+resized()
 lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(expected.items()))
 (FOLDER / "expected.json").write_text("{" + lines + "}\n")
