@@ -41,13 +41,14 @@ local function run_files(script, messages, text, behind)
   local file <close> = assert(io.open(script, "wb"))
   assert(file:write(text))
   file:close()
-  local pipe = assert(io.popen(("LC_ALL=C.UTF-8 gnuplot -d %s 2>%s %s"):format(shell_quoted(script), shell_quoted(messages), behind)))
+  local command = "LC_ALL=C.UTF-8 gnuplot -d %s 2>%s %s"
+  local pipe = assert(io.popen(command:format(shell_quoted(script), shell_quoted(messages), behind)))
   local drawn = pipe:read "a"
   return pipe:close() == true, drawn, read(messages)
 end
 
--- What the script draws on its standard output, which is where it does unless told otherwise. `behind`: words of the shell's behind
--- the command.
+-- What the script draws on its standard output, which is where it does unless told otherwise. `behind`: the shell's words
+-- behind the command.
 function gnuplot.run(where, text, behind)
   if not gnuplot.is_there() then
     core.fail(where .. ": gnuplot is not installed (Debian's package gnuplot-nox, or gnuplot-qt, which opens windows too)")

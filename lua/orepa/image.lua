@@ -1,5 +1,5 @@
--- image: what is done with pictures, (C, H, W) or (H, W): several as one, other sizes, and the kernels of a layer as a picture. The
--- engine reads and writes them (lua/bind/image.c); orepa.show puts them on the terminal.
+-- image: what is done with pictures, (C, H, W) or (H, W): other sizes, several as one, and the kernels of a layer as a picture.
+-- The engine reads and writes them (lua/bind/image.c); orepa.show puts them on the terminal.
 
 local core = require "orepa.core"
 local document = require "orepa.document"
@@ -274,9 +274,10 @@ document("image.resize", [[
   > orepa.image.resize(orepa.rand(3, 30, 40), {15, 20}, {method = "box"}).shape]])
 document("image.grid", [[
   image.grid(batch, {columns=, padding=, value=, normalize=}) -> tensor
-  The pictures of a tensor (N, C, H, W), or of a list, as one picture (C, h, w), row by row: `columns` (the root of their number) in
-  a row, with `padding` (2) pixels of `value` (0) around each. Pictures of a list may have several sizes, and one channel beside
-  three. normalize = true stretches them to what lies between the least and the largest value of all, 0 to 1; "each" by their own.
+  The pictures of a tensor (N, C, H, W), or of a list, as one picture (C, h, w), row by row: `columns` (the root of their number)
+  in a row, with `padding` (2) pixels of `value` (0) around each. Pictures of a list may have several sizes, and one channel
+  beside three. normalize = true stretches them to what lies between the least and the largest value of all, 0 to 1; "each" by
+  their own.
   > orepa.image.grid(orepa.rand(10, 3, 8, 8), {columns = 5}).shape]])
 document("image.kernels", [[
   image.kernels(layer, {normalize=, scale=, padding=, value=, outputs=, inputs=, colour=, columns=}) -> tensor, names
@@ -284,8 +285,8 @@ document("image.kernels", [[
   output, a column for each input. Gray (1/2) is zero, and the largest magnitude black or white: of each layer's or branch's
   kernels ("kernel", at first), of each "tile", or of "all". Of a block it shows its branches in their order, and what they
   squeeze to last, side by side; `names` tells which. Layers of 3 inputs are shown in colour, a tile for each output, `columns` in
-  a row, unless colour = false. Each number is `scale` pixels wide; `padding` (1) of `value` (1) lie between tiles; outputs = n and
-  inputs = n show the first n. A tensor (O, I, H, W) may stand for the layer.
+  a row, unless colour = false. Each number is `scale` pixels wide; `padding` (1) of `value` (1) lie between tiles; outputs = n
+  and inputs = n show the first n. A tensor (O, I, H, W) may stand for the layer.
   > local picture, names = orepa.image.kernels(nn.OREPA{in_channels = 4, out_channels = 8, kernel_size = 3})
   > orepa.image.save(os.tmpname(), picture, {format = "png"}); assert(names[#names] == "squeezed")]])
 

@@ -18,8 +18,8 @@ local STYLES = { line = "lines lw 2", points = "points pt 7 ps 0.6", bars = "box
 local function numbers_of(values, what)
   if core.is_tensor(values) then
     if #values.shape ~= 1 then fail("%s: a tensor of one dimension expected, got %s", what, table.concat(values.shape, "x")) end
-    values = values:count() > 0 and values:detach():to "cpu":tolist() or {}
-    return type(values[1]) == "boolean" and fail("%s: numbers expected, got bools", what) or values
+    if values.dtype == "bool" then fail("%s: numbers expected, got bools", what) end
+    return values:count() > 0 and values:detach():to "cpu":tolist() or {}
   end
   if type(values) ~= "table" then fail("%s: a tensor or a list of numbers expected, got %s", what, type(values)) end
   for k, v in ipairs(values) do
@@ -45,7 +45,8 @@ end
 local function checked_series(entry, k, names)
   local what = ("series %d"):format(k)
   if core.is_tensor(entry) or (type(entry) == "table" and (#entry > 0 or next(entry) == nil)) then entry = { y = entry } end
-  local s = options("plot: " .. what, entry, { y = options.required, x = optional, label = optional, type = "line", bins = optional })
+  local s = options("plot: " .. what, entry,
+    { y = options.required, x = optional, label = optional, type = "line", bins = optional })
   if not STYLES[s.type] then
     fail("%s: type is %s; there are %s", what, tostring(s.type), table.concat(options.names(STYLES), ", "))
   end
@@ -270,12 +271,12 @@ end
 
 document("orepa.plot", [[
   orepa.plot{series, ..., title=, x_label=, y_label=, x_log=, y_log=, x_range=, y_range=, path=, window=, width=, height=}
-  A chart, drawn by gnuplot. A series is a tensor of one dimension or a list of numbers, which are y over 1, 2, ...; or a table {y =,
-  x =, label =, type =}: type "line" (at first), "points", "bars", for which x may be a list of names, or "histogram", which counts y
-  in `bins` (30) equal parts. Numbers that are not finite, or not positive on an axis with x_log or y_log, leave gaps. x_range and
-  y_range are {low, high}. The chart goes to the file `path`, PNG, SVG or PDF by its ending, which is written beside it and renamed;
-  into a window (window = true); else onto the terminal, as a picture where that shows some, else in characters. width (860) and
-  height (480) are pixels, hundredths of an inch in a PDF.
+  A chart, drawn by gnuplot. A series is a tensor of one dimension or a list of numbers, which are y over 1, 2, ...; or a table
+  {y =, x =, label =, type =}: type "line" (at first), "points", "bars", for which x may be a list of names, or "histogram", which
+  counts y in `bins` (30) equal parts. Numbers that are not finite, or not positive on an axis with x_log or y_log, leave gaps.
+  x_range and y_range are {low, high}. The chart goes to the file `path`, PNG, SVG or PDF by its ending, which is written beside
+  it and renamed; into a window (window = true); else onto the terminal, as a picture where that shows some, else in characters.
+  width (860) and height (480) are pixels, hundredths of an inch in a PDF.
   > local series = {y = {2, 1, 0.6, 0.5}, label = "loss"}
   > if os.execute "command -v gnuplot >/dev/null" then orepa.plot{series, title = "training", y_log = true} end]])
 

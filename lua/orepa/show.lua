@@ -1,6 +1,6 @@
--- show: a picture on the terminal. Where the terminal shows pictures, it gets one: by kitty's protocol, by iTerm2's, or as sixels.
--- Others get half blocks in colour, or characters, which files and pipes get as well. What a terminal can do is known by the
--- environment; nothing is asked of it, since the answer would be typed at the prompt.
+-- show: a picture on the terminal. Where the terminal shows pictures, it gets one: by kitty's protocol, by iTerm2's, or as
+-- sixels. Others get half blocks in colour, or characters, which files and pipes get as well. What a terminal can do is known by
+-- the environment; nothing is asked of it, since the answer would be typed at the prompt.
 
 local core = require "orepa.core"
 local document = require "orepa.document"
@@ -133,7 +133,9 @@ local function sixel_line(bits, width)
     local value, first = bits[k] or 0, k
     repeat k = k + 1 until k > width or (bits[k] or 0) ~= value
     local character, count = string.char(63 + value), k - first
-    if k <= width or value ~= 0 then text[#text + 1] = count > 3 and ("!%d%s"):format(count, character) or character:rep(count) end
+    if k <= width or value ~= 0 then -- the end of a line may be left empty
+      text[#text + 1] = count > 3 and ("!%d%s"):format(count, character) or character:rep(count)
+    end
   end
   return table.concat(text)
 end
@@ -261,8 +263,8 @@ document("image.show", [[
   Shows a picture (H, W) or (C, H, W), or those of a tensor (N, C, H, W) as a grid, on the standard output; uint8, bool or floats
   from 0 to 1. Terminals that show pictures get one, small ones several times as large: by kitty's protocol ("kitty": kitty,
   ghostty), by iTerm2's ("iterm": iTerm2, WezTerm, mintty) or as sixels ("sixel": foot, mlterm). Others get half blocks in colour
-  ("blocks") unless NO_COLOR is set, else characters ("ascii"), which files and pipes get too. TERM, TERM_PROGRAM and the like tell
-  which; `protocol` overrules them. It takes `columns` at most, all that the terminal has if it is left out.
+  ("blocks") unless NO_COLOR is set, else characters ("ascii"), which files and pipes get too. TERM, TERM_PROGRAM and the like
+  tell which; `protocol` overrules them. It takes `columns` at most, all that the terminal has if it is left out.
   > orepa.image.show(orepa.rand(3, 8, 8), {protocol = "ascii"})]])
 
 return show

@@ -1,32 +1,25 @@
 -- Charts of numbers, drawn by gnuplot as SVG: on a transparent ground, in colours that are read on white and on black; or as PNG,
 -- on white, where the path ends in .png.
 
+local gnuplot = require "orepa.gnuplot"
 local measure = require "measure"
 local orepa = require "orepa"
 
-local charts = {}
+local charts = { can_draw = gnuplot.is_there }
+local quoted = gnuplot.quoted
 
 local TEXT, LINES = "#808890", "#90808080"
 local OURS, OTHERS = 0x3b82f6, 0x8b949e
 local SERIES = { "#3b82f6", "#e8590c", "#2f9e44", "#ae3ec9", "#8b949e", "#d6336c" }
 
-function charts.can_draw()
-  return os.execute "command -v gnuplot >/dev/null 2>&1" == true
-end
-
-local function quoted(text)
-  return "'" .. text:gsub("'", "''") .. "'"
-end
-
 -- `lines` are gnuplot's, after what all charts have in common.
 local function draw(path, height, lines)
-  local pipe <close> = assert(io.popen("gnuplot", "w"))
   local terminal = path:find "%.png$" and "pngcairo" or "svg"
-  pipe:write(("set terminal %s size 860,%d font 'sans-serif,%d' noenhanced\nset output %s\n"):format(terminal, height,
-    terminal == "svg" and 13 or 10, quoted(path)),
-    ("set border 3 lc rgb '%s'\nset tics nomirror textcolor rgb '%s'\n"):format(LINES, TEXT),
-    ("set grid lc rgb '%s'\n"):format(LINES), table.concat(lines, "\n"), "\n")
-  if not pipe:close() then orepa.fail("gnuplot could not draw " .. path) end
+  local size = terminal == "svg" and 13 or 10
+  local head = { ("set terminal %s size 860,%d font 'sans-serif,%d' noenhanced"):format(terminal, height, size),
+    ("set border 3 lc rgb '%s'"):format(LINES), ("set tics nomirror textcolor rgb '%s'"):format(TEXT),
+    ("set grid lc rgb '%s'"):format(LINES) }
+  orepa.write_file(path, gnuplot.run(path, table.concat(measure.append(head, lines), "\n") .. "\n"))
 end
 
 -- A horizontal bar for each of `rows`, {label, summary, is_ours}, with its quartiles; `unit` is written under the axis, which

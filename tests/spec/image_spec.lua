@@ -1,5 +1,5 @@
--- Pictures: the files in tests/fuzz/seeds/image against what Pillow and the definition of PNG say (tests/golden/images/make.py wrote
--- both), and what is written read again.
+-- Pictures: the files in tests/fuzz/seeds/image against what Pillow and the definition of PNG say (tests/golden/images/make.py
+-- wrote both), and what is written read again.
 
 local cjson = require "cjson"
 local lfs = require "lfs"

@@ -84,7 +84,8 @@ describe("image.show", function()
   end)
 
   it("writes half blocks, two pixels each", function()
-    local t = bytes { { { 255, 0 }, { 0, 0 }, { 255, 255 } }, { { 0, 0 }, { 0, 0 }, { 255, 255 } }, { { 0, 255 }, { 0, 0 }, { 255, 255 } } }
+    local t = bytes { { { 255, 0 }, { 0, 0 }, { 255, 255 } }, { { 0, 0 }, { 0, 0 }, { 255, 255 } },
+      { { 0, 255 }, { 0, 0 }, { 255, 255 } } }
     assert.equal("\27[38;5;196;48;5;16m▀\27[38;5;21;48;5;16m▀\27[0m\n\27[38;5;231m▀▀\27[0m\n", show.blocks(t, false))
     assert.equal("\27[38;2;255;0;0;48;2;0;0;0m▀\27[38;2;0;0;255;48;2;0;0;0m▀\27[0m\n\27[38;2;255;255;255m▀▀\27[0m\n",
       show.blocks(t, true))
@@ -110,11 +111,13 @@ describe("image.show", function()
     assert.equal(tonumber(size), #png)
     local back = image.decode(png)
     assert.same({ 1, 192, 192 }, back.shape)
-    assert.same({ 1, 2, 3, 4 }, { back[1][96][96]:item(), back[1][96][97]:item(), back[1][97][1]:item(), back[1][192][192]:item() })
+    local function at(y, x) return back[1][y][x]:item() end
+    assert.same({ 1, 2, 3, 4 }, { at(96, 96), at(96, 97), at(97, 1), at(192, 192) })
   end)
 
   it("encodes all lengths in base 64", function()
-    for text, digits in pairs { [""] = "", f = "Zg==", fo = "Zm8=", foo = "Zm9v", foob = "Zm9vYg==", ["\255\254\253"] = "//79" } do
+    for text, digits in pairs { [""] = "", f = "Zg==", fo = "Zm8=", foo = "Zm9v", foob = "Zm9vYg==",
+      ["\255\254\253"] = "//79" } do
       assert.equal(digits, show.base64(text))
     end
   end)
@@ -164,8 +167,8 @@ end)
 describe("a terminal", function()
   -- What show.protocol says on a terminal with these variables, and the others of this test's own unset.
   local function protocol(variables)
-    local environment = { TERM = "xterm", NO_COLOR = "", LC_ALL = "C.UTF-8", TMUX = "", STY = "", KITTY_WINDOW_ID = "", LC_TERMINAL = "",
-      TERM_PROGRAM = "" }
+    local environment = { TERM = "xterm", NO_COLOR = "", LC_ALL = "C.UTF-8", TMUX = "", STY = "", KITTY_WINDOW_ID = "",
+      LC_TERMINAL = "", TERM_PROGRAM = "" }
     for name, value in pairs(variables) do environment[name] = value end
     local t = terminal.open({ "-e", 'print("it is " .. require("orepa.show").protocol() .. ".")' }, nil, environment)
     local said = t:expect "it is %w+%."
