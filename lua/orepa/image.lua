@@ -35,7 +35,7 @@ end
 
 -- ---- sizes ----
 
--- (to, from) on `ref` in float64: how much each of `from` pixels counts in each of `to`; rows sum to 1.
+-- How much an old pixel counts in a new one, by the distance of their centres and the new one's size; old ones have size 1.
 local METHODS = {
   box = function(distance, scale) -- how much of an old pixel lies within the new one
     return ((distance + 0.5):minimum(scale / 2) - (distance - 0.5):maximum(-scale / 2)):clamp(0, 1)
@@ -45,20 +45,21 @@ local METHODS = {
   end,
 }
 
+-- Of `count` pixels over a length, rounded once: a centre between two pixels is there exactly.
+local function centers(count, length)
+  return (core.arange(0, count - 1, { dtype = "float64", device = "ref" }) + 0.5) * length / count
+end
+
+-- (to, from) on `ref` in float64; rows sum to 1.
 local function weights(method, from, to)
-  local function centers(count, step)
-    local kind = { dtype = "float64", device = "ref" }
-    return (core.arange(0, count - 1, kind) + 0.5) * step
-  end
   local scale = from / to
-  local w = METHODS[method](centers(from, 1):reshape(1, -1) - centers(to, scale):reshape(-1, 1), scale)
+  local w = METHODS[method](centers(from, from):reshape(1, -1) - centers(to, from):reshape(-1, 1), scale)
   return w / w:sum(2, { keepdim = true })
 end
 
 local function nearest(t, dim, to)
-  local from, list = t.shape[dim], {}
-  for k = 1, to do list[k] = math.min(from - 1, (2 * k - 1) * from // (2 * to)) end
-  return t:index_select(dim, core.tensor(list, { dtype = "int64", device = t.device }))
+  local list = centers(to, t.shape[dim]):to "int64"
+  return t:index_select(dim, list:to(t.device))
 end
 
 local function resampled(t, height, width, method)

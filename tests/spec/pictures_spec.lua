@@ -56,6 +56,12 @@ describe("image.resize", function()
     local t = orepa.tensor({ { 1, 2, 3, 4, 5 } }, { dtype = "int64" })
     assert.same({ { 3 } }, image.resize(t, { 1, 1 }, { method = "nearest" }):tolist())
     assert.same({ { 2, 4 }, { 2, 4 } }, image.resize(t, { 2, 2 }, { method = "nearest" }):tolist())
+    for _, size in ipairs { { 60, 26 }, { 60, 55 }, { 7, 20 }, { 13, 4 } } do -- some centres lie between two pixels
+      local from, to, wanted = size[1], size[2], {}
+      for k = 1, to do wanted[k] = (2 * k - 1) * from // (2 * to) end
+      local row = orepa.arange(0, from - 1):reshape(1, from)
+      assert.same({ wanted }, image.resize(row, { 1, to }, { method = "nearest" }):tolist())
+    end
     assert.same({ { 1, 1, 2, 2, 3, 3, 4, 4, 5, 5 } }, image.resize(t, { 1, 10 }, { method = "nearest" }):tolist())
   end)
 
@@ -87,6 +93,9 @@ describe("image.resize", function()
     fails("image.resize: a picture expected, got float32 0x5", image.resize, orepa.ones(0, 5), { 1, 1 })
     fails("{height, width} expected", image.resize, t, 4)
     fails("height is 0, an integer of at least 1", image.resize, t, { 0, 4 })
+    for _, method in ipairs { "box", "bilinear", "nearest" } do
+      fails("out of memory", image.resize, t, { 1, 1 << 40 }, { method = method })
+    end
     fails("width is 2.5", image.resize, t, { 1, 2.5 })
     fails("method is cubic; there are bilinear, box, nearest", image.resize, t, { 1, 1 }, { method = "cubic" })
     fails("int64 2x2: uint8 or floats", image.resize, orepa.zeros({ 2, 2 }, { dtype = "int64" }), { 1, 1 })
