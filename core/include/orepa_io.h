@@ -42,6 +42,12 @@ OREPA_API const char *orepa_archive_find_metadata(const orepa_archive *archive, 
 /* Reads a safetensors file or a checkpoint of PyTorch's; the first bytes say which, not the name. */
 OREPA_API orepa_archive *orepa_load(const char *path, const orepa_device *device);
 
+/* ---- any bytes --------------------------------------------------------------------------------------------------- */
+
+/* Writes a whole file: beside the path, synced and renamed, so that after a failure the path holds what it held before.
+ */
+OREPA_API int orepa_write_file(const char *path, const void *data, size_t bytes);
+
 /* ---- safetensors ------------------------------------------------------------------------------------------------- */
 
 /* Reads a whole file, its tensors onto the device, in the order of the file's header. The types are F32 BF16 F16 F64

@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "error.h"
+#include "orepa_io.h"
 
 /* One system call moves at most this much: Linux stops a little below 2 GiB. */
 enum { LARGEST_TRANSFER = 1 << 30 };
@@ -193,4 +194,9 @@ int file_finish(file_writer *file, bool failed) {
   free(file->target);
   free(file->temporary);
   return failed ? -1 : 0;
+}
+
+int orepa_write_file(const char *path, const void *data, size_t bytes) {
+  file_writer file;
+  return file_create(&file, path) ? -1 : file_finish(&file, file_write(&file, data, bytes));
 }

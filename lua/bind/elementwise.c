@@ -104,11 +104,13 @@ static void register_functions(lua_State *L) {
     const char *name = orepa_function_name(f);
     lua_pushinteger(L, f);
     lua_pushcclosure(L, l_apply, 1);
+    bind_name(L, name);
     lua_setfield(L, -2, name);
     if (has_in_place(name)) {
-      lua_pushfstring(L, "%s_", name);
+      const char *in_place = lua_pushfstring(L, "%s_", name);
       lua_pushinteger(L, f);
       lua_pushcclosure(L, l_apply_in_place, 1);
+      bind_name(L, in_place);
       lua_rawset(L, -3);
     }
   }
@@ -124,6 +126,7 @@ static void register_functions(lua_State *L) {
     if (documents[k].metamethod) {
       lua_pushinteger(L, orepa_function_by_name(name));
       lua_pushcclosure(L, strcmp(name, "neg") ? l_apply : l_unm, 1);
+      bind_name(L, name);
       lua_setfield(L, -3, documents[k].metamethod);
     }
   }
@@ -180,6 +183,7 @@ static void register_reductions(lua_State *L) {
     lua_pushinteger(L, k);
     lua_pushstring(L, reductions[k].name);
     lua_pushcclosure(L, l_reduce, 2);
+    bind_name(L, reductions[k].name);
     lua_setfield(L, -2, reductions[k].name);
     bind_document(L, lua_pushfstring(L, "t:%s", reductions[k].name), reductions[k].text);
     lua_pop(L, 1);

@@ -110,6 +110,12 @@ static int l_save(lua_State *L) {
   return orepa_save_safetensors(path, *archive) ? bind_fail(L) : 0;
 }
 
+static int l_write_file(lua_State *L) {
+  size_t bytes;
+  const char *path = luaL_checkstring(L, 1), *text = luaL_checklstring(L, 2, &bytes);
+  return orepa_write_file(path, text, bytes) ? bind_fail(L) : 0;
+}
+
 static const bind_row rows[] = {
     {"load", l_load,
      "load(path, {device=}) -> tensors, metadata, names\nReads a safetensors file, or a checkpoint that torch.save "
@@ -126,6 +132,9 @@ static const bind_row rows[] = {
      "the "
      "path never holds half a file. `names` gives the order, sorted if it is left out.\n"
      "> orepa.save(os.tmpname(), {x = orepa.ones(2)}, {origin = \"example\"})"},
+    {"write_file", l_write_file,
+     "write_file(path, text)\nWrites a string as a file, in the same way: the path never holds half of it.\n"
+     "> orepa.write_file(os.tmpname(), \"line 1\\nline 2\\n\")"},
     {NULL, NULL, NULL},
 };
 
