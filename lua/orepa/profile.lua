@@ -96,8 +96,8 @@ local function modules_of(p, own, owners, backward)
     if e.kind == "module" then
       calls[#calls + 1], numbers[k] = k, e.number
       local row = rows(e.number, function()
-        return { path = p.paths[e.number], root = p.roots[e.number], type = trace.type_of(t.modules[e.number]), calls = 0,
-          self = 0, seconds = 0, forward = 0, backward = 0, macs = 0, live = 0 }
+        return { path = p.paths[e.number], root = p.roots[e.number], type = p.types[e.number], calls = 0, self = 0,
+          seconds = 0, forward = 0, backward = 0, macs = 0, live = 0 }
       end)
       row.self = row.self + self[k]
       if not backward[k] then row.calls = row.calls + 1 end
@@ -127,13 +127,16 @@ end
 local Profile = {}
 Profile.__index = Profile
 
+-- The modules themselves are let go: a profile that is kept keeps no network.
 local function add_up(p)
   local own, owners, backward = own_seconds(p.trace), trace.owners(p.trace)
-  p.paths, p.roots = trace.paths(p.trace, owners)
+  p.paths, p.roots, p.types = trace.paths(p.trace, owners)
+  p.trace.modules = nil
   p.ops, p.kernels = ops_of(p.trace, own), kernels_of(p.trace)
   p.modules = modules_of(p, own, owners, backward)
   p.peak, p.lost, p.rest = peak_of(p.trace), trace.lost(p.trace), p.seconds
   for _, row in ipairs(p.ops) do p.rest = p.rest - row.self end
+  for _, root in ipairs(p.roots) do p.several = p.several or root ~= p.roots[1] end
 end
 
 local function milliseconds(seconds)
@@ -150,10 +153,8 @@ end
 
 -- A module's name in tables: its path, after its network's name if there are several.
 local function name_of(p, root, path)
-  local several = false
-  for _, other in ipairs(p.roots) do several = several or other ~= root end
   if path == "" then return root end
-  return several and ("%s: %s"):format(root, path) or path
+  return p.several and ("%s: %s"):format(root, path) or path
 end
 
 local tables = {
@@ -233,7 +234,7 @@ local categories = { module = "module", op = "op", node = "backward", kernel = "
 local function event_json(p, e)
   local name, type_name = e.name, nil
   if e.kind == "module" then
-    name, type_name = name_of(p, p.roots[e.number], p.paths[e.number]), trace.type_of(p.trace.modules[e.number])
+    name, type_name = name_of(p, p.roots[e.number], p.paths[e.number]), p.types[e.number]
   elseif e.kind == "node" then
     name = name .. " backward"
   end

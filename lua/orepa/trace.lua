@@ -84,9 +84,10 @@ function trace.type_of(module)
   return module.plan and module.kind or module.class_name
 end
 
--- Names for the modules of a trace: the path in the outermost module that was called, and that one's class name. Lists by number.
+-- Names for the modules of a trace, as lists by number: the path in the outermost module that was called, the type of that one,
+-- and the module's own.
 function trace.paths(t, owners)
-  local known, labels, paths, roots = {}, {}, {}, {}
+  local known, labels, paths, roots, types = {}, {}, {}, {}, {}
   local function add_root(module)
     if known[module] then return end
     local label = trace.type_of(module)
@@ -100,8 +101,9 @@ function trace.paths(t, owners)
   for number, module in ipairs(t.modules) do
     add_root(module) -- if it was called by one that doesn't hold it
     paths[number], roots[number] = table.unpack(known[module])
+    types[number] = trace.type_of(module)
   end
-  return paths, roots
+  return paths, roots, types
 end
 
 return trace

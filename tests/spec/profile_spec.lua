@@ -127,6 +127,29 @@ describe("a profile", function()
     assert(p:text "modules":find("Sequential (2): 0", 1, true))
   end)
 
+  it("counts a module inside itself once", function()
+    local Nest = nn.Module:extend("Nest")
+    function Nest:init() self.linear = nn.Linear { in_features = 3, out_features = 3, bias = false } end
+    function Nest:forward(x, depth) return depth == 0 and x or self(self.linear(x), depth - 1) end
+    local net = Nest()
+    local p = orepa.profile(function() net(orepa.rand(2, 3), 4):sum():backward() end)
+    local row, linear = module_at(p, ""), module_at(p, "linear")
+    assert.same({ 5, 4 }, { row.calls, linear.calls })
+    assert.equal(2 * 9 * (4 + 4 + 3), linear.macs)
+    assert.equal(linear.macs, row.macs)
+    assert.is_true(linear.seconds < row.seconds and row.seconds < p.seconds)
+  end)
+
+  it("keeps no network", function()
+    local net = block()
+    local p = orepa.profile(function() net(orepa.rand(1, 4, 8, 8)) end)
+    local weak = setmetatable({ net }, { __mode = "v" })
+    net = nil -- luacheck: ignore
+    collectgarbage()
+    assert.is_nil(weak[1])
+    assert.equal("OREPA", p.modules[1].type)
+  end)
+
   it("names ops as Lua does, whoever holds them", function()
     local add, x = F.relu, orepa.arange(4)
     local p = orepa.profile(function()
