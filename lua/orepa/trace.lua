@@ -3,6 +3,7 @@
 
 local core = require "orepa.core"
 local internal = require("orepa.nn.module").internal
+local ReparamBlock = require("orepa.nn.block").ReparamBlock
 local tracing = core.tracing
 
 local trace = {}
@@ -79,9 +80,13 @@ function trace.owners(t)
   return owners, backward
 end
 
+function trace.is_block(module)
+  return module.branch_weights == ReparamBlock.branch_weights
+end
+
 -- What a module is called: by its class, or as the block that it is.
 function trace.type_of(module)
-  return module.plan and module.kind or module.class_name
+  return trace.is_block(module) and module.kind or module.class_name
 end
 
 -- Names for the modules of a trace, as lists by number: the path in the outermost module that was called, the type of that one,

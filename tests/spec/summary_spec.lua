@@ -181,6 +181,17 @@ describe("rows", function()
     assert.is_nil(row_at(s, "never").shape)
   end)
 
+  it("are right for a module whose fields are called like a block's", function()
+    local Planned = nn.Module:extend("Planned")
+    function Planned:init()
+      self.plan, self.mode, self.kind = { 64, 128 }, "online", 3
+      self.linear = nn.Linear { in_features = 3, out_features = 2 }
+    end
+    function Planned:forward(x) return self.linear(x) end
+    local s = nn.summary(Planned(), { 1, 3 })
+    assert.same({ "Planned", 8, 8 }, { s.rows[1].type, s.totals.parameters, s.totals.deployed.parameters })
+  end)
+
   it("tell trained parameters from others", function()
     local net = nn.Sequential(nn.Linear { in_features = 3, out_features = 2 }, nn.Linear { in_features = 2, out_features = 2 })
     for _, p in ipairs(net[1]:parameters()) do p:requires_grad_(false) end

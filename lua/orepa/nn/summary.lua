@@ -128,7 +128,7 @@ end
 
 -- What is left of a block: the parameters and multiply-adds of its one convolution. nil: it is no block, or deployed already.
 local function convolution_of(module, seen)
-  if not module.plan or module.mode == "deploy" then return nil end
+  if not trace.is_block(module) or module.mode == "deploy" then return nil end
   local o, macs = module.options, 0
   local each = o.in_channels // o.groups * product(o.kernel_size) -- of an output channel
   for _, shapes in ipairs(seen and seen.calls or {}) do macs = macs + product(shapes[1]) * each end
