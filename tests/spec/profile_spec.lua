@@ -232,6 +232,21 @@ describe("an error in a profile", function()
     assert.equal(1, op(p, "tanh").calls)
   end)
 
+  it("leaves calls of modules unobserved", function()
+    local call = require("orepa.nn.calls").call
+    local function observer()
+      for k = 1, 10 do
+        local name, value = debug.getupvalue(call, k)
+        if name == "around" then return value end
+      end
+      error "no such variable"
+    end
+    orepa.profile(function() assert.is_function(observer()) end)
+    assert.is_nil(observer())
+    pcall(orepa.profile, error)
+    assert.is_nil(observer())
+  end)
+
   it("keeps the lines that led to it", function()
     local function deep() error "here" end
     local _, text = xpcall(orepa.profile, debug.traceback, function() deep() end)
