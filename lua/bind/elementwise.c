@@ -201,24 +201,29 @@ static int l_where(lua_State *L) {
   return apply(L, orepa_function_by_name("where"));
 }
 
-/* value where the mask is true, else t. */
-static orepa_tensor *masked(lua_State *L) {
+/* value where the mask is true, else t: the operands of `where`. All is checked before the op begins. */
+static void masked_operands(lua_State *L, orepa_operand *operands) {
   orepa_tensor *t = bind_tensor(L, 1), *mask = bind_tensor(L, 2);
   if (orepa_tensor_dtype(mask) != OREPA_BOOL)
     bind_error(L, "masked_fill: the mask is %s; a bool tensor expected", orepa_dtype_name(orepa_tensor_dtype(mask)));
-  return orepa_apply(orepa_function_by_name("where"),
-                     (orepa_operand[]){{.tensor = mask}, bind_operand(L, 3), {.tensor = t}});
+  operands[0] = (orepa_operand){.tensor = mask};
+  operands[1] = bind_operand(L, 3);
+  operands[2] = (orepa_operand){.tensor = t};
 }
 
 static int l_masked_fill(lua_State *L) {
-  BIND_RETURN(L, masked(L));
+  orepa_operand operands[3];
+  masked_operands(L, operands);
+  BIND_RETURN(L, orepa_apply(orepa_function_by_name("where"), operands));
 }
 
 static int l_masked_fill_(lua_State *L) {
+  orepa_operand operands[3];
+  masked_operands(L, operands);
   orepa_tensor **filled = bind_new(L);
-  *filled = masked(L);
+  *filled = orepa_apply(orepa_function_by_name("where"), operands);
   if (!*filled && bind_retry(L))
-    *filled = masked(L);
+    *filled = orepa_apply(orepa_function_by_name("where"), operands);
   if (!*filled)
     return bind_fail(L);
   BIND_RETURN_SELF(L, orepa_copy_(bind_tensor(L, 1), *filled));

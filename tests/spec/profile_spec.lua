@@ -275,6 +275,17 @@ describe("an error in a profile", function()
     assert.equal(1, op(p, "reshape").calls)
   end)
 
+  it("in an op's arguments leaves no op open", function()
+    local t = orepa.arange(3)
+    local p = orepa.profile(function()
+      assert.is_false(pcall(t.masked_fill, t, t:gt(1), "x"))
+      assert.is_false(pcall(t.masked_fill, t, t, 0))
+      return t:exp():masked_fill(t:gt(1), 0)
+    end)
+    assert.equal(1, op(p, "masked_fill").calls)
+    for _, row in ipairs(p.ops) do assert.equal(row.seconds, row.self) end
+  end)
+
   it("is a yield out of it; coroutines inside are right", function()
     local co = coroutine.wrap(function() return pcall(orepa.profile, function() coroutine.yield(1) end) end)
     local ok, message = co()
