@@ -7,7 +7,16 @@
 #include <stdlib.h>
 #include <string.h>
 
-atomic_bool timings_on;
+#include "trace.h"
+
+atomic_int timings_wanted_by;
+
+void timings_want(int who, bool on) {
+  if (on)
+    atomic_fetch_or(&timings_wanted_by, who);
+  else
+    atomic_fetch_and(&timings_wanted_by, ~who);
+}
 
 static struct {
   pthread_mutex_t lock;
@@ -16,9 +25,12 @@ static struct {
 } table = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
 static _Thread_local double started; /* 0: timings were off then */
+static _Thread_local int64_t event;  /* the call's in the trace */
 static _Thread_local char next_detail[sizeof table.rows->detail];
+static _Thread_local int64_t next_macs;
 
 void timings_begin(void) {
+  event = orepa_event_open(OREPA_EVENT_KERNEL, NULL, 0);
   started = orepa_clock();
 }
 
@@ -27,6 +39,12 @@ void timings_detail(const char *format, ...) {
   va_start(arguments, format);
   vsnprintf(next_detail, sizeof next_detail, format, arguments);
   va_end(arguments);
+}
+
+int timings_macs(int64_t macs) {
+  if (timings_wanted())
+    next_macs = macs;
+  return 0;
 }
 
 static bool table_has_room(void) {
@@ -58,7 +76,9 @@ static orepa_timing *row_of(const char *op, const char *entry) {
 
 void timings_end(const char *op, const char *entry) {
   double seconds = orepa_clock() - started;
-  if (started > 0) {
+  if (started > 0)
+    trace_close_kernel(event, op, entry, next_detail, next_macs);
+  if (started > 0 && atomic_load(&timings_wanted_by) & TIMINGS_ROWS) {
     pthread_mutex_lock(&table.lock);
     orepa_timing *row = row_of(op, entry);
     if (row) {
@@ -69,11 +89,12 @@ void timings_end(const char *op, const char *entry) {
   }
   started = 0;
   next_detail[0] = '\0';
+  next_macs = 0;
 }
 
 void orepa_set_timings(bool on) {
   pthread_mutex_lock(&table.lock);
-  atomic_store(&timings_on, on);
+  timings_want(TIMINGS_ROWS, on);
   table.count = 0;
   pthread_mutex_unlock(&table.lock);
 }

@@ -14,6 +14,7 @@ local sections = {
   { "b", "Methods of blocks" }, { "norm", "Methods of batch norms" }, { "list", "Methods of lists of modules" },
   { "reparam", "The layers of a block's description", "`orepa.reparam`; [blocks.md](blocks.md) is the manual." },
   { "optim", "Optimizers and schedules", "`orepa.optim`" }, { "opt", "Methods of optimizers" },
+  { "profile", "Methods of profiles", "What `orepa.profile` gives." },
   { "diagnose", "Diagnostics", "`orepa.diagnose`" }, { "watch", "Methods of watches" },
   { "data", "Data", "`orepa.data`" }, { "loader", "Methods of loaders" },
   { "image", "Pictures", "`orepa.image`: PNG and JPEG, and what is done with pictures." },

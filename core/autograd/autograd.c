@@ -73,6 +73,10 @@ autograd_node *autograd_new(const autograd_op *op, orepa_tensor *const *inputs, 
   return node;
 }
 
+uint64_t autograd_nodes_made(void) {
+  return atomic_load_explicit(&nodes_made, memory_order_relaxed);
+}
+
 void autograd_attach(autograd_node *node, int output, orepa_tensor *y) {
   y->node = autograd_node_retain(node);
   y->output = output;

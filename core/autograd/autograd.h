@@ -64,6 +64,8 @@ bool autograd_wanted(orepa_tensor *const *inputs, int count);
  * given back with autograd_node_release. */
 autograd_node *autograd_new(const autograd_op *op, orepa_tensor *const *inputs, int count, int slots,
                             size_t payload_bytes);
+/* How many nodes were made: the order of the next. */
+uint64_t autograd_nodes_made(void);
 /* Makes y, which no op computed, output number `output` of the node. */
 void autograd_attach(autograd_node *node, int output, orepa_tensor *y);
 /* Saves a tensor's storage, never its node. NULL is allowed. */

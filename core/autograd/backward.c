@@ -5,6 +5,7 @@
 #include "autograd/autograd.h"
 #include "elementwise.h"
 #include "ops/gradient_promise.h"
+#include "orepa_trace.h"
 
 /* ---- what is under way ----
  *
@@ -220,6 +221,7 @@ static int visit(backward_pass *pass, autograd_arrival *a) {
   orepa_tensor *few[FEW_INPUTS] = {NULL}, **dx = few;
   if (node->inputs > FEW_INPUTS && !(dx = calloc((size_t)node->inputs, sizeof *dx)))
     return error_out_of_memory("backward: out of memory: no room for %d gradients", node->inputs);
+  int64_t event = orepa_event_open(OREPA_EVENT_NODE, node->op->name, (int64_t)node->order);
   int failed = call_backward(node, a, dx);
   release_gradients(a);
   for (int k = 0; k < node->inputs; k++) {
@@ -231,6 +233,7 @@ static int visit(backward_pass *pass, autograd_arrival *a) {
     else
       failed = edge->leaf ? accumulate_leaf(edge->leaf, dx[k]) : deliver(pass, edge->node, edge->output, dx[k]);
   }
+  orepa_event_close(event, 0);
   if (dx != few)
     free(dx);
   if (!pass->retain_graph && !node->busy)
@@ -260,6 +263,7 @@ int orepa_backward(orepa_tensor *y, orepa_tensor *dy, bool retain_graph) {
   orepa_tensor *seed = dy ? orepa_detach(dy) : orepa_full(y->dtype, y->storage->device, y->rank, y->shape, 1);
   int failed = seed ? 0 : -1;
   backward_pass pass = {.retain_graph = retain_graph}, *outer = running;
+  int64_t event = orepa_event_open(OREPA_EVENT_OP, "backward", 0);
   running = &pass;
   if (!failed)
     failed = y->node ? deliver(&pass, y->node, y->output, seed) : accumulate_leaf(y, seed);
@@ -270,6 +274,7 @@ int orepa_backward(orepa_tensor *y, orepa_tensor *dy, bool retain_graph) {
       failed = visit(&pass, a);
     arrival_free(a);
   }
+  orepa_event_close(event, 0);
   free(pass.heap);
   running = outer;
   orepa_set_grad_enabled(was);

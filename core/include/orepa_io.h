@@ -42,6 +42,12 @@ OREPA_API const char *orepa_archive_find_metadata(const orepa_archive *archive, 
 /* Reads a safetensors file or a checkpoint of PyTorch's; the first bytes say which, not the name. */
 OREPA_API orepa_archive *orepa_load(const char *path, const orepa_device *device);
 
+/* ---- any bytes --------------------------------------------------------------------------------------------------- */
+
+/* Writes a whole file: beside the path, synced and renamed, so that after a failure the path holds what it held before.
+ */
+OREPA_API int orepa_write_file(const char *path, const void *data, size_t bytes);
+
 /* ---- safetensors ------------------------------------------------------------------------------------------------- */
 
 /* Reads a whole file, its tensors onto the device, in the order of the file's header. The types are F32 BF16 F16 F64
@@ -71,12 +77,6 @@ OREPA_API int orepa_save_safetensors(const char *path, const orepa_archive *arch
  * for as the file's real size justifies, whatever it says of itself: its tensors take at most 8 times that and 1 MiB,
  * its objects, whose description has at most 64 MiB, some hundred bytes each. */
 OREPA_API orepa_archive *orepa_load_pytorch(const char *path, const orepa_device *device);
-
-/* ---- any file ---------------------------------------------------------------------------------------------------- */
-
-/* Writes the bytes beside the path, synced, and renames: after a failure the path holds what it held before. */
-OREPA_API int orepa_write_file(const char *path, const void *bytes, size_t size);
-
 #ifdef __cplusplus
 }
 #endif

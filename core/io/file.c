@@ -196,9 +196,7 @@ int file_finish(file_writer *file, bool failed) {
   return failed ? -1 : 0;
 }
 
-int orepa_write_file(const char *path, const void *bytes, size_t size) {
+int orepa_write_file(const char *path, const void *data, size_t bytes) {
   file_writer file;
-  if (file_create(&file, path))
-    return -1;
-  return file_finish(&file, file_write(&file, bytes, size) != 0);
+  return file_create(&file, path) ? -1 : file_finish(&file, file_write(&file, data, bytes));
 }

@@ -72,8 +72,8 @@ static void pair_text(char text[40], const char *name, const int64_t pair[2]) {
     snprintf(text, 40, " %s %lld", name, (long long)pair[0]);
 }
 
-/* Stands directly before its DISPATCH: the note goes with the next call. */
-static int note_geometry(const orepa_conv *c, const orepa_tensor *x, const orepa_tensor *w) {
+/* Stands directly before its DISPATCH: the note goes with the next call. Each direction multiplies as often. */
+static int note_geometry(const orepa_conv *c, const orepa_tensor *x, const orepa_tensor *w, const orepa_tensor *y) {
   char stride[40], dilation[40], groups[40];
   if (!timings_wanted())
     return 0;
@@ -83,7 +83,7 @@ static int note_geometry(const orepa_conv *c, const orepa_tensor *x, const orepa
   timings_detail("%lldx%lld%s%s%s, %lld -> %lld, %lldx%lld", (long long)w->shape[2], (long long)w->shape[3], stride,
                  dilation, groups, (long long)x->shape[1], (long long)w->shape[0], (long long)x->shape[2],
                  (long long)x->shape[3]);
-  return 0;
+  return timings_macs(orepa_count(y) * w->shape[1] * w->shape[2] * w->shape[3]);
 }
 
 /* ---- what the device fuses ---- */
@@ -130,7 +130,8 @@ static int conv_backward(autograd_node *node, orepa_tensor *given, orepa_tensor 
   orepa_tensor *dense = saved_w ? op_dense(given) : NULL;
   int failed = !dense || tensor_reads(saved_w, &w) || tensor_reads(dense, &dy);
   if (!failed && autograd_needs(node, 0)) {
-    failed = !(dx[0] = tensor_like(saved_x)) || tensor_writes(dx[0], &to) || note_geometry(conv, saved_x, saved_w) ||
+    failed = !(dx[0] = tensor_like(saved_x)) || tensor_writes(dx[0], &to) ||
+             note_geometry(conv, saved_x, saved_w, given) ||
              DISPATCH("conv2d's data gradient", saved_x->dtype, device, conv_backward_data, conv, &to, &dy, &w);
   }
   if (!failed && autograd_needs(node, 2)) {
@@ -140,7 +141,7 @@ static int conv_backward(autograd_node *node, orepa_tensor *given, orepa_tensor 
     orepa_tensor *dw = tensor_new(payload->kernel, device, 4, saved_w->shape);
     failed = !dw || tensor_writes(dw, &to) ||
              input_reads(saved_x, fusion_of(conv, dense, saved_x, saved_w).weight_prologue, &x) ||
-             note_geometry(conv, saved_x, saved_w) ||
+             note_geometry(conv, saved_x, saved_w, given) ||
              DISPATCH("conv2d's weight gradient", saved_x->dtype, device, conv_backward_weight, conv, &to,
                       dx[2] ? &to_bias : NULL, &x.map, &dy, x.prologue);
     if (!failed && autograd_needs(node, 1))
@@ -214,7 +215,7 @@ static orepa_tensor *conv_forward(orepa_tensor *x, const conv_rest *rest, const 
                tensor_writes(y, &to);
   if (!failed) {
     packs = packed_kernel(rest, conv, &to, &from.map, &kernel, &after.epilogue, &packed);
-    failed = note_geometry(conv, x, w) ||
+    failed = note_geometry(conv, x, w, y) ||
              DISPATCH("conv2d", x->dtype, x->storage->device, conv_forward, conv, &to, &from.map, &kernel,
                       &after.epilogue, from.prologue, measures ? &partial : NULL, packs ? &packed : NULL);
   }

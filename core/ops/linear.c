@@ -12,7 +12,7 @@ static orepa_tensor *product(orepa_tensor *a, orepa_tensor *b, orepa_tensor *bia
   if (!c)
     return NULL;
   if (tensor_materialize(c) || tensor_reads(a, &left) || tensor_reads(b, &right) ||
-      (bias && tensor_reads(bias, &added)) || tensor_writes(c, &to) ||
+      (bias && tensor_reads(bias, &added)) || tensor_writes(c, &to) || timings_macs(orepa_count(c) * a->shape[2]) ||
       DISPATCH("matmul", a->dtype, a->storage->device, matmul, &to, &left, &right, bias ? &added : NULL))
     return tensor_fail(c);
   return c;

@@ -107,17 +107,29 @@ static const orepa_taps *taps_of(const orepa_tree *sum, const squeeze_forward *f
   return sum == f->root ? &f->taps : NULL;
 }
 
+/* Of a term's product, if it is one; b is applied after a where it is a pattern. */
+static int64_t term_macs(const device_term *term) {
+  if (term->kind == TERM_KERNEL)
+    return 0;
+  if (term->kind == TERM_PATTERN) /* one for each element of the kernel that results */
+    return shape_count(4, term->a.shape) * shape_count(2, term->b.shape + 1);
+  return compose_macs(&term->a, &term->b);
+}
+
 orepa_tensor *fused_kernel(orepa_tree *sum, const squeeze_forward *f) {
   device_term terms[MAX_TERMS];
   device_array to;
   int64_t shape[4] = {sum->out, sum->in / sum->groups, sum->kernel[0], sum->kernel[1]};
-  for (int k = 0; k < sum->count; k++)
+  int64_t macs = 0;
+  for (int k = 0; k < sum->count; k++) {
     if (read_term(sum->children[k], sum, f, &terms[k]))
       return NULL;
+    macs += term_macs(&terms[k]);
+  }
   orepa_tensor *w = tensor_new(f->dtype, f->device, 4, shape);
   if (!w)
     return NULL;
-  if (tensor_writes(w, &to) ||
+  if (tensor_writes(w, &to) || timings_macs(macs) ||
       DISPATCH("squeeze", f->dtype, f->device, squeeze, sum->groups, &to, taps_of(sum, f), sum->count, terms))
     return tensor_fail(w);
   return w;
@@ -149,10 +161,13 @@ static int write_term(const orepa_tree *branch, const squeeze_backward *b, devic
 int fused_gradients(orepa_tree *sum, const squeeze_backward *b, orepa_tensor *dw) {
   device_term terms[MAX_TERMS];
   device_array from;
-  for (int k = 0; k < sum->count; k++)
+  int64_t macs = 0;
+  for (int k = 0; k < sum->count; k++) {
     if (read_term(sum->children[k], sum, &b->forward, &terms[k]) || write_term(sum->children[k], b, &terms[k]))
       return -1;
-  if (tensor_reads(dw, &from))
+    macs += term_macs(&terms[k]) * ((terms[k].da.data != NULL) + (terms[k].db.data != NULL));
+  }
+  if (tensor_reads(dw, &from) || timings_macs(macs))
     return -1;
   return DISPATCH("squeeze's gradient", dw->dtype, dw->storage->device, squeeze_backward, sum->groups, &from,
                   taps_of(sum, &b->forward), sum->count, terms);

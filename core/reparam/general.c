@@ -10,6 +10,10 @@
 
 /* ---- composing, as tensors ---- */
 
+int64_t compose_macs(const device_array *after, const device_array *before) {
+  return shape_count(4, after->shape) * shape_count(3, before->shape + 1);
+}
+
 static orepa_tensor *compose(orepa_tensor *after, int64_t na, orepa_tensor *before, int64_t nb, int64_t groups,
                              bool turn) {
   int64_t shape[4] = {after->shape[0], before->shape[1] * nb / groups, after->shape[2] + before->shape[2] - 1,
@@ -19,6 +23,7 @@ static orepa_tensor *compose(orepa_tensor *after, int64_t na, orepa_tensor *befo
   if (!w)
     return NULL;
   if (tensor_reads(after, &a) || tensor_reads(before, &b) || tensor_writes(w, &to) ||
+      timings_macs(compose_macs(&a, &b)) ||
       DISPATCH("squeeze", w->dtype, w->storage->device, compose, &to, &a, na, &b, nb, groups, turn))
     return tensor_fail(w);
   return w;
@@ -33,6 +38,7 @@ static orepa_tensor *compose_gradient(bool of_after, orepa_tensor *dw, orepa_ten
   if (!d)
     return NULL;
   if (tensor_reads(dw, &from) || tensor_reads(of_after ? before : after, &other) || tensor_writes(d, &to) ||
+      timings_macs(compose_macs(of_after ? &to : &other, of_after ? &other : &to)) ||
       (of_after ? DISPATCH("squeeze's gradient", d->dtype, device, compose_backward_after, &to, na, &from, &other, nb,
                            groups, turn)
                 : DISPATCH("squeeze's gradient", d->dtype, device, compose_backward_before, &to, nb, &from, &other, na,

@@ -58,6 +58,9 @@ int fused_gradients(orepa_tree *sum, const squeeze_backward *b, orepa_tensor *dw
  * part of layers i ... j. The caller frees it; NULL: no memory. */
 int *chain_order(int count, orepa_tree *const *layers, int64_t groups);
 
+/* How many multiply-adds a composition of two kernels is, and each of its two gradients. */
+int64_t compose_macs(const device_array *after, const device_array *before);
+
 /* A row of a scale's parameter: an alias (out) or (1). */
 orepa_tensor *tree_scale_row(const orepa_tree *scale, orepa_tensor *vector);
 /* E (plus_identity) or ones (depthwise 1x1) of a leaf, borrowed. */

@@ -5,6 +5,8 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "orepa_trace.h"
+
 /* ---- registration ---- */
 
 void bind_document(lua_State *L, const char *name, const char *documentation) {
@@ -17,6 +19,7 @@ void bind_document(lua_State *L, const char *name, const char *documentation) {
 void bind_register(lua_State *L, const char *prefix, const bind_row *rows) {
   for (; rows->name; rows++) {
     lua_pushcfunction(L, rows->function);
+    bind_name(L, rows->name);
     lua_setfield(L, -2, rows->name);
     if (rows->documentation) {
       bind_document(L, lua_pushfstring(L, "%s%s", prefix, rows->name), rows->documentation);
@@ -111,7 +114,9 @@ static double left;
 
 static void collect(lua_State *L) {
   double start = orepa_clock();
+  int64_t event = orepa_event_open(OREPA_EVENT_OP, "collect garbage", 0);
   lua_gc(L, LUA_GCCOLLECT);
+  orepa_event_close(event, 0);
   double seconds = orepa_clock() - start;
   double live = (double)orepa_memory_live();
   left = live > 0.99 * left ? live : 0.99 * left;

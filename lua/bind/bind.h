@@ -42,14 +42,23 @@ void bind_tidy(lua_State *L);
 /* After a failed call: whether memory ran out and garbage was collected, so that it is worth trying again. */
 bool bind_retry(lua_State *L);
 
+/* ---- traces: a binding's work on the engine is an event under the name of the function that Lua called */
+/* The function on top of the stack has this name, in traces; it lives for ever. */
+void bind_name(lua_State *L, const char *name);
+/* An event, or -1 while nothing is traced. The result may be NULL. */
+int64_t bind_begin_op(lua_State *L);
+void bind_end_op(int64_t event, const orepa_tensor *result);
+
 /* Returns the tensor that `call` makes, one retry included: the last statement of a binding. */
 #define BIND_RETURN(L, call)                                                                                           \
   do {                                                                                                                 \
     bind_collect(L);                                                                                                   \
     orepa_tensor **handle = bind_new(L);                                                                               \
+    int64_t op_event = bind_begin_op(L);                                                                               \
     *handle = (call);                                                                                                  \
     if (!*handle && bind_retry(L))                                                                                     \
       *handle = (call);                                                                                                \
+    bind_end_op(op_event, *handle);                                                                                    \
     return *handle ? 1 : bind_fail(L);                                                                                 \
   } while (0)
 
@@ -57,7 +66,10 @@ bool bind_retry(lua_State *L);
 #define BIND_RETURN_SELF(L, call)                                                                                      \
   do {                                                                                                                 \
     bind_collect(L);                                                                                                   \
-    if ((call) && (!bind_retry(L) || (call)))                                                                          \
+    int64_t op_event = bind_begin_op(L);                                                                               \
+    bool op_failed = (call) && (!bind_retry(L) || (call));                                                             \
+    bind_end_op(op_event, NULL);                                                                                       \
+    if (op_failed)                                                                                                     \
       return bind_fail(L);                                                                                             \
     lua_settop(L, 1);                                                                                                  \
     return 1;                                                                                                          \
@@ -127,6 +139,7 @@ void bind_file_family(lua_State *L);
 void bind_data_family(lua_State *L);
 void bind_image_family(lua_State *L);
 void bind_reparam_family(lua_State *L);
+void bind_trace_family(lua_State *L);
 
 /* Pushes the table whose functions get and set are what t[key] does of a list or a tensor: orepa/indexing.lua. */
 void bind_push_indexing(lua_State *L);

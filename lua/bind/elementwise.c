@@ -132,11 +132,13 @@ static void register_functions(lua_State *L) {
     const char *name = orepa_function_name(f);
     lua_pushinteger(L, f);
     lua_pushcclosure(L, l_apply, 1);
+    bind_name(L, name);
     lua_setfield(L, -2, name);
     if (has_in_place(name)) {
-      lua_pushfstring(L, "%s_", name);
+      const char *in_place = lua_pushfstring(L, "%s_", name);
       lua_pushinteger(L, f);
       lua_pushcclosure(L, l_apply_in_place, 1);
+      bind_name(L, in_place);
       lua_rawset(L, -3);
     }
   }
@@ -152,6 +154,7 @@ static void register_functions(lua_State *L) {
     if (documents[k].metamethod) {
       lua_pushinteger(L, orepa_function_by_name(name));
       lua_pushcclosure(L, orepa_function_arity(orepa_function_by_name(name)) == 1 ? l_apply_to_one : l_apply, 1);
+      bind_name(L, name);
       lua_setfield(L, -3, documents[k].metamethod);
     }
   }
@@ -208,6 +211,7 @@ static void register_reductions(lua_State *L) {
     lua_pushinteger(L, k);
     lua_pushstring(L, reductions[k].name);
     lua_pushcclosure(L, l_reduce, 2);
+    bind_name(L, reductions[k].name);
     lua_setfield(L, -2, reductions[k].name);
     bind_document(L, lua_pushfstring(L, "t:%s", reductions[k].name), reductions[k].text);
     lua_pop(L, 1);
@@ -225,24 +229,29 @@ static int l_where(lua_State *L) {
   return apply(L, orepa_function_by_name("where"));
 }
 
-/* value where the mask is true, else t. */
-static orepa_tensor *masked(lua_State *L) {
+/* value where the mask is true, else t: the operands of `where`. All is checked before the op begins. */
+static void masked_operands(lua_State *L, orepa_operand *operands) {
   orepa_tensor *t = bind_tensor(L, 1), *mask = bind_tensor(L, 2);
   if (orepa_tensor_dtype(mask) != OREPA_BOOL)
     bind_error(L, "masked_fill: the mask is %s; a bool tensor expected", orepa_dtype_name(orepa_tensor_dtype(mask)));
-  return orepa_apply(orepa_function_by_name("where"),
-                     (orepa_operand[]){{.tensor = mask}, bind_operand(L, 3), {.tensor = t}});
+  operands[0] = (orepa_operand){.tensor = mask};
+  operands[1] = bind_operand(L, 3);
+  operands[2] = (orepa_operand){.tensor = t};
 }
 
 static int l_masked_fill(lua_State *L) {
-  BIND_RETURN(L, masked(L));
+  orepa_operand operands[3];
+  masked_operands(L, operands);
+  BIND_RETURN(L, orepa_apply(orepa_function_by_name("where"), operands));
 }
 
 static int l_masked_fill_(lua_State *L) {
+  orepa_operand operands[3];
+  masked_operands(L, operands);
   orepa_tensor **filled = bind_new(L);
-  *filled = masked(L);
+  *filled = orepa_apply(orepa_function_by_name("where"), operands);
   if (!*filled && bind_retry(L))
-    *filled = masked(L);
+    *filled = orepa_apply(orepa_function_by_name("where"), operands);
   if (!*filled)
     return bind_fail(L);
   BIND_RETURN_SELF(L, orepa_copy_(bind_tensor(L, 1), *filled));

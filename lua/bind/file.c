@@ -111,10 +111,9 @@ static int l_save(lua_State *L) {
 }
 
 static int l_write_file(lua_State *L) {
-  const char *path = luaL_checkstring(L, 1);
-  size_t size;
-  const char *bytes = luaL_checklstring(L, 2, &size);
-  return orepa_write_file(path, bytes, size) ? bind_fail(L) : 0;
+  size_t bytes;
+  const char *path = luaL_checkstring(L, 1), *text = luaL_checklstring(L, 2, &bytes);
+  return orepa_write_file(path, text, bytes) ? bind_fail(L) : 0;
 }
 
 static const bind_row rows[] = {

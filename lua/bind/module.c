@@ -21,6 +21,7 @@ int luaopen_orepa_core(lua_State *L) {
   bind_reparam_family(L);
   bind_push_indexing(L);
   lua_setfield(L, -2, "indexing");
+  bind_trace_family(L);
   bind_push_methods(L);
   lua_setfield(L, -2, "methods");
   luaL_getsubtable(L, LUA_REGISTRYINDEX, "orepa.documentation");

@@ -70,9 +70,10 @@ static int l_sgd_step(lua_State *L) {
     decays[moved] = decay * number_at(L, DECAYS, k, "decay factor");
     p[moved++] = p[k];
   }
-  if (orepa_sgd_step(moved, p, g, v, rates, decays, &o))
-    return bind_fail(L);
-  return 0;
+  int64_t event = bind_begin_op(L);
+  int failed = orepa_sgd_step(moved, p, g, v, rates, decays, &o);
+  bind_end_op(event, NULL);
+  return failed ? bind_fail(L) : 0;
 }
 
 static int l_square_sums(lua_State *L) {
@@ -91,8 +92,11 @@ static int l_gradient_square_sums(lua_State *L) {
   for (int k = 0; k < count; k++)
     if (orepa_grad(p[k]))
       g[found++] = orepa_grad(p[k]);
+  int64_t event = bind_begin_op(L);
   *sums = found ? orepa_square_sums(found, g) : NULL;
-  if (found && (!*sums || orepa_to_host(*sums, values, (size_t)found * sizeof *values)))
+  bool failed = found && (!*sums || orepa_to_host(*sums, values, (size_t)found * sizeof *values));
+  bind_end_op(event, *sums);
+  if (failed)
     return bind_fail(L);
   lua_createtable(L, count, 0);
   for (int k = 0, at = 0; k < count; k++) {

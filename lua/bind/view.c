@@ -346,5 +346,7 @@ void bind_view_family(lua_State *L) {
   bind_register(L, "orepa.", functions);
   bind_push_methods(L);
   bind_register(L, "t:", methods);
-  lua_pop(L, 1);
+  lua_getfield(L, -1, "squeeze");
+  bind_name(L, "squeeze dimensions"); /* in a trace "squeeze" is what blocks do */
+  lua_pop(L, 2);
 }

@@ -25,6 +25,7 @@ local objects = {
   norm = { nn.BatchNorm2d }, opt = { require("orepa.optim.optimizer").Optimizer },
   watch = { getmetatable(orepa.diagnose.watch(nn.ConvBN { in_channels = 1, out_channels = 1, kernel_size = 1 })).__index },
   live = { getmetatable(orepa.watch(nn.ReLU())).__index },
+  profile = { getmetatable((orepa.profile(function() end))).__index },
   loader = { getmetatable(data.loader { dataset = images, batch_size = 1 }).__index },
 }
 for _, name in ipairs { "SGD", "AdamW", "RMSprop" } do

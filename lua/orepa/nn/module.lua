@@ -2,13 +2,14 @@
 -- order of names is recorded when a field is assigned, what a name is, is decided when modules are walked.
 
 local core = require "orepa.core"
+local grouped = require("orepa.columns").grouped
+local calls = require "orepa.nn.calls"
 local document = require "orepa.document"
 local with = require("orepa.options").with
 local state = require "orepa.state"
 
-local ORDER, BUFFERS, HOOKS, WRAPPED = {}, {}, {}, {} -- keys of an instance's private fields
+local ORDER, BUFFERS, WRAPPED = {}, {}, {} -- keys of an instance's private fields
 local parameters = setmetatable({}, { __mode = "k" }) -- tensors that nn.Parameter made
-local hooks = 0 -- registered anywhere
 
 local Module = { class_name = "Module" }
 local Instance = {} -- the metatable of each class' instances, filled by `extend`
@@ -25,16 +26,6 @@ local function record(self, name, value)
   rawset(self, name, value)
 end
 
-local function call(self, ...)
-  local list = rawget(self, HOOKS)
-  if not list or #list == 0 then return self:forward(...) end
-  local outputs = table.pack(self:forward(...))
-  for _, hook in ipairs(list) do
-    hook(self, table.pack(...), table.unpack(outputs, 1, outputs.n))
-  end
-  return table.unpack(outputs, 1, outputs.n)
-end
-
 local function construct(class, ...)
   local self = setmetatable({ [ORDER] = {}, [BUFFERS] = {}, training = true }, class[Instance])
   self:init(...)
@@ -44,7 +35,7 @@ end
 function Module:extend(name)
   local class = setmetatable({ class_name = name }, { __index = self, __call = construct })
   class[Instance] = {
-    __index = class, __newindex = record, __call = call, __name = name,
+    __index = class, __newindex = record, __call = calls.call, __name = name,
     __tostring = function(module) return module:describe() end,
   }
   return class
@@ -245,7 +236,7 @@ local function copied(module, copies)
     elseif core.is_tensor(value) then
       value = copied_tensor(value, copies)
     end
-    if key ~= HOOKS then rawset(copy, key, value) end
+    if key ~= calls.HOOKS then rawset(copy, key, value) end
   end
   return copy
 end
@@ -303,18 +294,7 @@ function Module:deploy()
   return self:eval()
 end
 
-function Module:register_forward_hook(f)
-  if type(f) ~= "function" then core.fail(("register_forward_hook: a function expected, got %s"):format(type(f))) end
-  if not rawget(self, HOOKS) then rawset(self, HOOKS, {}) end
-  local list = self[HOOKS]
-  list[#list + 1] = f
-  hooks = hooks + 1
-  return { remove = function()
-    for k, other in ipairs(list) do
-      if other == f then table.remove(list, k) hooks = hooks - 1 return end
-    end
-  end }
-end
+Module.register_forward_hook = calls.register_forward_hook
 
 -- ---- state ----
 
@@ -379,11 +359,6 @@ end
 
 -- ---- as text ----
 
-local function grouped(n)
-  local text = tostring(n):reverse():gsub("(%d%d%d)", "%1,"):reverse()
-  return (text:gsub("^,", ""))
-end
-
 -- What a module says of itself beside its name: "3 -> 64, 7x7".
 function Module.extra(_) return "" end
 
@@ -405,12 +380,12 @@ end
 
 -- ---- what containers and blocks ask ----
 
-local function no_hooks() return hooks == 0 end
-
 local internal = {
   is_module = is_module,
   need_module = need_module,
+  join = join,
   note = note,
+  observe = calls.observe,
   -- Whether a buffer still is what the module's definition says.
   is_constant = function(module, name) return module[BUFFERS][name] == "constant" end,
   Parameter = Parameter,
@@ -421,10 +396,10 @@ local internal = {
     return rawget(getmetatable(module).__index, "library") == true
   end,
   WRAPPED = WRAPPED, -- the key of what a module wraps
-  no_hooks = no_hooks,
+  no_hooks = calls.no_hooks,
   -- Drops a handle that only the caller saw.
   done_with = function(t)
-    if no_hooks() then t:release() end
+    if calls.no_hooks() then t:release() end
   end,
   -- Parameters that a block no longer has, and why, so that an optimizer that still holds them can say so.
   gone = setmetatable({}, { __mode = "k" }),
