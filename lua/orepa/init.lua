@@ -4,6 +4,7 @@ local orepa = require "orepa.core"
 
 require "orepa.functional"
 require "orepa.losses"
+require "orepa.resize"
 orepa.nn = require "orepa.nn"
 orepa.optim = require "orepa.optim"
 orepa.reparam = require "orepa.reparam"
