@@ -105,7 +105,7 @@ static ALWAYS_INLINE void write_row(const group_gradient *d, void *restrict dx, 
 static void sum_images(const group_layout *g, const group_gradient *d, float *memory, int64_t c,
                        const device_array *dweight, const device_array *dbias) {
   double sum = 0, product = 0;
-  for (int64_t n = 0; n < g->images && g->length; n++) {
+  for (int64_t n = 0; n < g->images; n++) {
     const float *totals = terms_of(g, memory, n).partial;
     sum += totals[c];
     product += (double)totals[g->m.channels + c] * d->inverse[n * g->groups + c / g->size];
@@ -255,7 +255,11 @@ device_status KERNEL(group_norm_backward)(device_context *context, const device_
     return DEVICE_UNSUPPORTED;
   group_layout g = group_layout_of(x, mean);
   int64_t channels = g.m.channels, step = images_at_once(&g), pieces = (g.images + step - 1) / step;
-  if (channels == 0)
+  for (int64_t c = 0; group_elements(&g) == 0 && c < channels; c++) {
+    channel_set(dweight, c, 0);
+    channel_set(dbias, c, 0);
+  }
+  if (group_elements(&g) == 0)
     return DEVICE_DONE;
   size_t floats = g.length == 1 ? (size_t)(pieces * 2 * channels) : terms_floats(&g);
   float *w = context->workspace(context, ((size_t)channels + floats) * sizeof(float));
