@@ -180,10 +180,10 @@ OREPA_API bool orepa_set_grad_enabled(bool on);
 
 /* ---- autocast ---------------------------------------------------------------------------------------------------- */
 
-/* Inside autocast conv2d and linear cast float32 maps and weights to bfloat16 and give bfloat16 (gradients arrive in
- * the weights' own type); adaptive_avg_pool2d, softmax, log_softmax and cross_entropy compute and give float32; what is
- * between them computes in the type that comes. Where bfloat16 doesn't pay, float32 is computed instead, and the first
- * such op says so on stderr. Of this thread; OREPA_FLOAT32 at first: off. */
+/* Inside autocast conv2d, conv_transpose2d and linear cast float32 maps and weights to bfloat16 and give bfloat16
+ * (gradients arrive in the weights' own type); adaptive_avg_pool2d, softmax, log_softmax and cross_entropy compute and
+ * give float32; what is between them computes in the type that comes. Where bfloat16 doesn't pay, float32 is computed
+ * instead, and the first such op says so on stderr. Of this thread; OREPA_FLOAT32 at first: off. */
 OREPA_API orepa_dtype orepa_autocast(void);
 /* OREPA_BFLOAT16 or OREPA_FLOAT32; -1 and a message otherwise. */
 OREPA_API int orepa_set_autocast(orepa_dtype dtype);

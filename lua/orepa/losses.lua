@@ -153,8 +153,17 @@ local function check_likelihood(x, labels, o)
     core.fail(("nll_loss: input %s, labels %s; floats (N, C) go with int64 (N), (N, C, H, W) with int64 (N, H, W)"):format(
       text_of(x), text_of(labels)))
   end
+  o.ignore_index = type(o.ignore_index) == "number" and math.tointeger(o.ignore_index) or o.ignore_index
   if math.type(o.ignore_index) ~= "integer" then
     core.fail(("nll_loss: ignore_index is %s, a whole number expected"):format(tostring(o.ignore_index)))
+  end
+end
+
+local function check_classes(classes, count)
+  if classes:count() == 0 then return end
+  local lowest, highest = classes:min():item(), classes:max():item()
+  if lowest < 0 or highest >= count then
+    core.fail(("nll_loss: labels from %d to %d; they lie between 0 and %d"):format(lowest, highest, count - 1))
   end
 end
 
@@ -165,6 +174,7 @@ function F.nll_loss(x, labels, given)
   x = wide(x)
   local counted = labels:ne(o.ignore_index)
   local classes, shape = core.where(counted, labels, 0), labels.shape
+  check_classes(classes, x.shape[2])
   local factor = counted:to(x.dtype)
   if o.weight then
     factor = class_weights(x, o.weight):reshape(-1):index_select(1, classes:reshape(-1)):reshape(shape) * factor

@@ -29,10 +29,11 @@ end
 
 -- A whole number other than 0, of a dimension.
 local function dimension(where, dim)
-  if math.type(dim) ~= "integer" or dim == 0 then
+  local whole = type(dim) == "number" and math.tointeger(dim)
+  if not whole or whole == 0 then
     core.fail(("%s: dim is %s; dimensions count from 1, -1 is the last"):format(where, tostring(dim)))
   end
-  return dim
+  return whole
 end
 
 local LeakyReLU = layer "LeakyReLU"
