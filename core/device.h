@@ -244,6 +244,19 @@ struct orepa_device {
                                  const device_array *x, const device_array *mean, const device_array *inverse,
                                  const device_array *weight);
 
+  /* ---- group norm: maps (N, C, H, W) dense in channels-last order. Channels are cut into G runs of C/G, each
+   * normalised with each image's own mean and variance: y = (x - mean) * inverse * weight + bias. mean and inverse =
+   * 1/sqrt(var + eps) are (N, G) and dense, float32 beside short floats; weight, bias (C) may be NULL. */
+  device_status (*group_norm_forward)(device_context *, double eps, const device_array *y, const device_array *mean,
+                                      const device_array *inverse, const device_array *x, const device_array *weight,
+                                      const device_array *bias);
+  /* With xh = (x - mean) * inverse and M elements in a group of an image: dweight = sum dy*xh, dbias = sum dy; dx =
+   * inverse * (g - (sum g)/M - xh * (sum g*xh)/M) where g = weight * dy. dx, dweight, dbias, weight may be NULL. */
+  device_status (*group_norm_backward)(device_context *, const device_array *dx, const device_array *dweight,
+                                       const device_array *dbias, const device_array *dy, const device_array *x,
+                                       const device_array *mean, const device_array *inverse,
+                                       const device_array *weight);
+
   /* ---- pooling: maps dense in channels-last order. indices: int32, y's shape, h*W + w of the element taken; NULL: not
    * wanted. NaN wins. The prologue may be NULL; else its result, rounded to the map's type, is what is pooled. Backward
    * writes dx whole. */
@@ -256,6 +269,13 @@ struct orepa_device {
                                     const device_array *x);
   device_status (*avg_pool_backward)(device_context *, const device_windows *, const device_array *dx,
                                      const device_array *dy);
+
+  /* ---- interpolation: maps dense in channels-last order, none of height or width 0; y is x in another size. Elements
+   * without a share are not looked at. Backward writes dx whole. */
+  device_status (*interpolate_forward)(device_context *, const orepa_interpolation *, const device_array *y,
+                                       const device_array *x);
+  device_status (*interpolate_backward)(device_context *, const orepa_interpolation *, const device_array *dx,
+                                        const device_array *dy);
 
   /* ---- losses: over the last axis of arrays of equal rank */
   device_status (*softmax_forward)(device_context *, bool log, const device_array *y, const device_array *x);

@@ -180,10 +180,10 @@ OREPA_API bool orepa_set_grad_enabled(bool on);
 
 /* ---- autocast ---------------------------------------------------------------------------------------------------- */
 
-/* Inside autocast conv2d and linear cast float32 maps and weights to bfloat16 and give bfloat16 (gradients arrive in
- * the weights' own type); adaptive_avg_pool2d, softmax, log_softmax and cross_entropy compute and give float32; what is
- * between them computes in the type that comes. Where bfloat16 doesn't pay, float32 is computed instead, and the first
- * such op says so on stderr. Of this thread; OREPA_FLOAT32 at first: off. */
+/* Inside autocast conv2d, conv_transpose2d and linear cast float32 maps and weights to bfloat16 and give bfloat16
+ * (gradients arrive in the weights' own type); adaptive_avg_pool2d, softmax, log_softmax and cross_entropy compute and
+ * give float32; what is between them computes in the type that comes. Where bfloat16 doesn't pay, float32 is computed
+ * instead, and the first such op says so on stderr. Of this thread; OREPA_FLOAT32 at first: off. */
 OREPA_API orepa_dtype orepa_autocast(void);
 /* OREPA_BFLOAT16 or OREPA_FLOAT32; -1 and a message otherwise. */
 OREPA_API int orepa_set_autocast(orepa_dtype dtype);
@@ -352,6 +352,12 @@ typedef struct {
 } orepa_taps;
 OREPA_API orepa_taps orepa_conv2d_taps(const orepa_conv *conv, const int64_t kernel[2], const int64_t size[2]);
 
+/* The same backwards, as the data gradient of a convolution of this geometry from (N, O, P, Q) to (N, I, H, W): x
+ * (N, I, H, W), weight (I, O/groups, KH, KW), bias (O) or NULL: (N, O, P, Q), P = (H - 1) * stride - 2 * padding +
+ * dilation * (KH - 1) + output_padding + 1. output_padding (height, width) is less than the stride or the dilation. */
+OREPA_API orepa_tensor *orepa_conv_transpose2d(orepa_tensor *x, orepa_tensor *weight, orepa_tensor *bias,
+                                               const orepa_conv *conv, const int64_t output_padding[2]);
+
 /* ---- norm -------------------------------------------------------------------------------------------------------- */
 
 typedef struct {
@@ -372,6 +378,15 @@ OREPA_API orepa_tensor *orepa_batch_norm_less_zero(orepa_tensor *x, orepa_tensor
                                                    orepa_tensor *zero_mean, orepa_tensor *zero_var,
                                                    const orepa_norm *norm);
 
+/* Each image's channels of x (N, C, ...) in groups, each normalised with its own mean and variance; weight, bias (C)
+ * may be NULL. */
+OREPA_API orepa_tensor *orepa_group_norm(orepa_tensor *x, int64_t groups, orepa_tensor *weight, orepa_tensor *bias,
+                                         double eps);
+/* The last `axes` axes of x, together, normalised with their own mean and variance; weight, bias of their shape may be
+ * NULL. Of a view whose strides allow it the result lies in memory as x does. */
+OREPA_API orepa_tensor *orepa_layer_norm(orepa_tensor *x, int axes, orepa_tensor *weight, orepa_tensor *bias,
+                                         double eps);
+
 /* ---- pooling ----------------------------------------------------------------------------------------------------- */
 
 typedef struct {
@@ -385,6 +400,17 @@ OREPA_API orepa_tensor *orepa_avg_pool2d(orepa_tensor *x, const orepa_pool *pool
 /* Window o of P covers floor(o*H/P) ... ceil((o+1)*H/P) - 1. */
 OREPA_API orepa_tensor *orepa_adaptive_avg_pool2d(orepa_tensor *x, int64_t height, int64_t width);
 OREPA_API orepa_tensor *orepa_adaptive_max_pool2d(orepa_tensor *x, int64_t height, int64_t width);
+
+/* ---- interpolation ----------------------------------------------------------------------------------------------- */
+
+typedef struct {
+  bool bilinear;      /* a blend of four neighbours; else the nearest element */
+  bool align_corners; /* bilinear: the centres of the corners stay where they are; else the edges of the map */
+  double scale[2];    /* of height and width as asked for, where that is not exactly the quotient of sizes; 0: that */
+} orepa_interpolation;
+
+/* x (N, C, H, W) in another size (height, width), by PyTorch's rules. */
+OREPA_API orepa_tensor *orepa_interpolate(orepa_tensor *x, const int64_t size[2], const orepa_interpolation *how);
 
 /* ---- losses ------------------------------------------------------------------------------------------------------ */
 

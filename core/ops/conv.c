@@ -73,7 +73,7 @@ static void pair_text(char text[40], const char *name, const int64_t pair[2]) {
 }
 
 /* Stands directly before its DISPATCH: the note goes with the next call. Each direction multiplies as often. */
-static int note_geometry(const orepa_conv *c, const orepa_tensor *x, const orepa_tensor *w, const orepa_tensor *y) {
+int op_note_geometry(const orepa_conv *c, const orepa_tensor *x, const orepa_tensor *w, const orepa_tensor *y) {
   char stride[40], dilation[40], groups[40];
   if (!timings_wanted())
     return 0;
@@ -131,7 +131,7 @@ static int conv_backward(autograd_node *node, orepa_tensor *given, orepa_tensor 
   int failed = !dense || tensor_reads(saved_w, &w) || tensor_reads(dense, &dy);
   if (!failed && autograd_needs(node, 0)) {
     failed = !(dx[0] = tensor_like(saved_x)) || tensor_writes(dx[0], &to) ||
-             note_geometry(conv, saved_x, saved_w, given) ||
+             op_note_geometry(conv, saved_x, saved_w, given) ||
              DISPATCH("conv2d's data gradient", saved_x->dtype, device, conv_backward_data, conv, &to, &dy, &w);
   }
   if (!failed && autograd_needs(node, 2)) {
@@ -141,7 +141,7 @@ static int conv_backward(autograd_node *node, orepa_tensor *given, orepa_tensor 
     orepa_tensor *dw = tensor_new(payload->kernel, device, 4, saved_w->shape);
     failed = !dw || tensor_writes(dw, &to) ||
              input_reads(saved_x, fusion_of(conv, dense, saved_x, saved_w).weight_prologue, &x) ||
-             note_geometry(conv, saved_x, saved_w, given) ||
+             op_note_geometry(conv, saved_x, saved_w, given) ||
              DISPATCH("conv2d's weight gradient", saved_x->dtype, device, conv_backward_weight, conv, &to,
                       dx[2] ? &to_bias : NULL, &x.map, &dy, x.prologue);
     if (!failed && autograd_needs(node, 1))
@@ -215,7 +215,7 @@ static orepa_tensor *conv_forward(orepa_tensor *x, const conv_rest *rest, const 
                tensor_writes(y, &to);
   if (!failed) {
     packs = packed_kernel(rest, conv, &to, &from.map, &kernel, &after.epilogue, &packed);
-    failed = note_geometry(conv, x, w, y) ||
+    failed = op_note_geometry(conv, x, w, y) ||
              DISPATCH("conv2d", x->dtype, x->storage->device, conv_forward, conv, &to, &from.map, &kernel,
                       &after.epilogue, from.prologue, measures ? &partial : NULL, packs ? &packed : NULL);
   }
@@ -275,8 +275,7 @@ static orepa_tensor *followed(orepa_tensor *y, orepa_tensor *residual, bool relu
   return z;
 }
 
-/* A cast parameter's gradient is float32 from the start, where the parameter is. */
-static orepa_dtype gradient_type(const orepa_tensor *given, const orepa_tensor *cast) {
+orepa_dtype op_gradient_type(const orepa_tensor *given, const orepa_tensor *cast) {
   return given && given->dtype != OREPA_FLOAT32 ? cast->dtype : OREPA_FLOAT32;
 }
 
@@ -298,7 +297,7 @@ orepa_tensor *orepa_conv2d_add(orepa_tensor *x, orepa_tensor *weight, orepa_tens
   if (fuses) {
     y = conv2d_fused((orepa_tensor *[]){cast[0], cast[1], cast[2], residual}, relu, conv, shape);
   } else if (valid) {
-    conv_payload payload = {*conv, gradient_type(weight, cast[1]), gradient_type(bias, cast[2])};
+    conv_payload payload = {*conv, op_gradient_type(weight, cast[1]), op_gradient_type(bias, cast[2])};
     y = conv2d_recorded(cast, &payload, shape);
   }
   op_release_all(3, cast);

@@ -68,17 +68,27 @@ static orepa_tensor *as_batch(orepa_tensor *t, int rank, const int64_t *batch) {
   return three;
 }
 
-/* Reshapes to a contiguous tensor, taking the reference. */
-static orepa_tensor *shaped(orepa_tensor *t, int rank, const int64_t *shape) {
+/* What nobody else sees the memory of may be changed in place. */
+static orepa_tensor *no_view(orepa_tensor *t) {
+  if (t) {
+    t->is_view = false;
+    t->storage->viewed_in_graph = false;
+  }
+  return t;
+}
+
+orepa_tensor *op_seen_as(orepa_tensor *t, int rank, const int64_t *shape) {
+  orepa_tensor *seen = t ? orepa_reshape(t, rank, shape) : NULL;
+  orepa_release(t);
+  return no_view(seen);
+}
+
+orepa_tensor *op_shaped(orepa_tensor *t, int rank, const int64_t *shape) {
   orepa_tensor *seen = t ? orepa_reshape(t, rank, shape) : NULL;
   orepa_tensor *dense = seen ? orepa_contiguous(seen) : NULL;
   orepa_release(seen);
   orepa_release(t);
-  if (dense) { /* nobody else sees its memory: it may be changed in place */
-    dense->is_view = false;
-    dense->storage->viewed_in_graph = false;
-  }
-  return dense;
+  return no_view(dense);
 }
 
 static orepa_tensor *matmul_matrices(orepa_tensor *a, orepa_tensor *b) {
@@ -105,7 +115,7 @@ static orepa_tensor *matmul_matrices(orepa_tensor *a, orepa_tensor *b) {
   orepa_release(right);
   shape[rank] = m;
   shape[rank + 1] = n;
-  return shaped(c, rank + 2, shape);
+  return op_shaped(c, rank + 2, shape);
 }
 
 orepa_tensor *orepa_matmul(orepa_tensor *a, orepa_tensor *b) {
@@ -127,7 +137,7 @@ orepa_tensor *orepa_matmul(orepa_tensor *a, orepa_tensor *b) {
   for (int d = 0; d < c->rank; d++)
     if (!(a->rank == 1 && d == c->rank - 2) && !(b->rank == 1 && d == c->rank - 1))
       shape[rank++] = c->shape[d];
-  return shaped(c, rank, shape);
+  return op_shaped(c, rank, shape);
 }
 
 /* ---- linear ---- */
@@ -155,7 +165,7 @@ static orepa_tensor *linear(orepa_tensor *x, orepa_tensor *weight, orepa_tensor 
   orepa_release(turned);
   memcpy(shape, x->shape, sizeof shape);
   shape[x->rank - 1] = out;
-  return shaped(y, x->rank, shape);
+  return op_shaped(y, x->rank, shape);
 }
 
 orepa_tensor *orepa_linear(orepa_tensor *x, orepa_tensor *weight, orepa_tensor *bias) {

@@ -18,6 +18,19 @@ int op_same_kind(const char *op, int count, orepa_tensor *const *tensors, const 
 /* Contiguous, without a graph: what kernels with dense arguments read. A new reference. */
 orepa_tensor *op_dense(orepa_tensor *t);
 
+/* t, which is given up, in another shape and contiguous, as the result of an op and no view; NULL if t is. */
+orepa_tensor *op_shaped(orepa_tensor *t, int rank, const int64_t *shape);
+/* The same, contiguous or not. */
+orepa_tensor *op_seen_as(orepa_tensor *t, int rank, const int64_t *shape);
+
+/* ---- conv.c: what convolutions share with transposed ones. */
+/* Tells whoever takes the time which convolution of a map x the next call is: it stands directly before its DISPATCH.
+ * Gives 0. */
+int op_note_geometry(const orepa_conv *conv, const orepa_tensor *x, const orepa_tensor *w,
+                     const orepa_tensor *y);
+/* Of a parameter's gradient: float32 from the start where the parameter is, though its cast is not. */
+orepa_dtype op_gradient_type(const orepa_tensor *given, const orepa_tensor *cast);
+
 /* Whether a kernel found a value out of range (a label, an index) since this was asked last: which, and where. Asked at
  * once, where work is done when a call returns. */
 static inline bool op_offence(const orepa_device *device, int64_t *value, int64_t *position) {

@@ -17,7 +17,7 @@
   ENTRY(random) ENTRY(gather) ENTRY(scatter) ENTRY(sort) ENTRY(running_sum) ENTRY(elementwise) ENTRY(reduce) ENTRY(square_sums) ENTRY(matmul) ENTRY(conv_fusion) ENTRY(conv_forward)                  \
   ENTRY(conv_backward_data) ENTRY(conv_backward_weight) ENTRY(norm_moments) ENTRY(norm_finalize) ENTRY(norm_apply)     \
   ENTRY(norm_backward) ENTRY(max_pool_forward) ENTRY(max_pool_backward) ENTRY(avg_pool_forward)                        \
-  ENTRY(avg_pool_backward) ENTRY(softmax_forward) ENTRY(softmax_backward) ENTRY(cross_entropy_forward)                 \
+  ENTRY(avg_pool_backward) ENTRY(interpolate_forward) ENTRY(interpolate_backward) ENTRY(group_norm_forward) ENTRY(group_norm_backward) ENTRY(softmax_forward) ENTRY(softmax_backward) ENTRY(cross_entropy_forward)                 \
   ENTRY(cross_entropy_backward) ENTRY(sgd) ENTRY(compose) ENTRY(compose_backward_after) ENTRY(compose_backward_before)
 /* clang-format on */
 

@@ -51,6 +51,78 @@ static int l_linear(lua_State *L) {
   BIND_RETURN(L, orepa_linear(x, w, bias));
 }
 
+static int l_conv_transpose2d(lua_State *L) {
+  static const char *const known[] = {"stride", "padding", "output_padding", "dilation", "groups", NULL};
+  orepa_tensor *x = bind_tensor(L, 1), *w = bind_tensor(L, 2);
+  int at = options_after(L, 2, 3), options = bind_options(L, at, "conv_transpose2d", known);
+  orepa_conv conv = conv_options(L, options);
+  int64_t output_padding[2];
+  bind_option_pair(L, options, "output_padding", zero, output_padding);
+  orepa_tensor *bias = tensor_before(L, 3, at);
+  BIND_RETURN(L, orepa_conv_transpose2d(x, w, bias, &conv, output_padding));
+}
+
+/* A tensor among the options, which keep it alive; NULL if it is not there. */
+static orepa_tensor *option_tensor(lua_State *L, int options, const char *function, const char *name) {
+  if (!bind_option(L, options, name))
+    return NULL;
+  orepa_tensor *t = bind_test_tensor(L, -1);
+  if (!t)
+    bind_error(L, "%s: option '%s': a tensor expected, got %s", function, name, luaL_typename(L, -1));
+  lua_pop(L, 1);
+  return t;
+}
+
+static int l_group_norm(lua_State *L) {
+  static const char *const known[] = {"weight", "bias", "eps", NULL};
+  orepa_tensor *x = bind_tensor(L, 1);
+  int64_t groups = bind_integer(L, 2, "group_norm: the number of groups");
+  int options = bind_options(L, 3, "group_norm", known);
+  orepa_tensor *weight = option_tensor(L, options, "group_norm", "weight"),
+               *bias = option_tensor(L, options, "group_norm", "bias");
+  double eps = bind_option_number(L, options, "eps", 1e-5);
+  BIND_RETURN(L, orepa_group_norm(x, groups, weight, bias, eps));
+}
+
+/* Pushes "2x3"; "{}" if there are none. */
+static const char *push_sizes(lua_State *L, int rank, const int64_t *shape) {
+  luaL_Buffer text;
+  luaL_buffinit(L, &text);
+  if (rank == 0)
+    luaL_addstring(&text, "{}");
+  for (int d = 0; d < rank; d++) {
+    if (d)
+      luaL_addchar(&text, 'x');
+    lua_pushinteger(L, shape[d]);
+    luaL_addvalue(&text);
+  }
+  luaL_pushresult(&text);
+  return lua_tostring(L, -1);
+}
+
+/* The shape at the second place, which is that of x's last dimensions: how many they are. */
+static int last_axes(lua_State *L, orepa_tensor *x) {
+  int64_t shape[OREPA_MAX_RANK];
+  int rank = bind_shape(L, 2, 2, shape, false), before = orepa_rank(x) - rank;
+  bool ends = rank > 0 && before >= 0;
+  for (int d = 0; ends && d < rank; d++)
+    ends = shape[d] == orepa_shape(x)[before + d];
+  if (ends)
+    return rank;
+  const char *const sizes = push_sizes(L, rank, shape), *const given = push_sizes(L, orepa_rank(x), orepa_shape(x));
+  return bind_error(L, "layer_norm: the last sizes of the input, %s, are not %s", given, sizes);
+}
+
+static int l_layer_norm(lua_State *L) {
+  static const char *const known[] = {"weight", "bias", "eps", NULL};
+  orepa_tensor *x = bind_tensor(L, 1);
+  int axes = last_axes(L, x), options = bind_options(L, 3, "layer_norm", known);
+  orepa_tensor *weight = option_tensor(L, options, "layer_norm", "weight"),
+               *bias = option_tensor(L, options, "layer_norm", "bias");
+  double eps = bind_option_number(L, options, "eps", 1e-5);
+  BIND_RETURN(L, orepa_layer_norm(x, axes, weight, bias, eps));
+}
+
 static int l_batch_norm(lua_State *L) {
   static const char *const known[] = {"weight",   "bias", "running_mean", "running_var", "training",
                                       "momentum", "eps",  "less_zero",    NULL};
@@ -58,12 +130,7 @@ static int l_batch_norm(lua_State *L) {
   orepa_tensor *x = bind_tensor(L, 1), *channels[4] = {NULL}, *origin[2] = {NULL};
   int options = bind_options(L, 2, "batch_norm", known);
   for (int k = 0; k < 4; k++)
-    if (bind_option(L, options, fields[k])) {
-      channels[k] = bind_test_tensor(L, -1); /* the options keep it alive */
-      if (!channels[k])
-        return bind_error(L, "batch_norm: option '%s': a tensor expected, got %s", fields[k], luaL_typename(L, -1));
-      lua_pop(L, 1);
-    }
+    channels[k] = option_tensor(L, options, "batch_norm", fields[k]);
   orepa_norm norm = {bind_option_number(L, options, "eps", 1e-5), bind_option_number(L, options, "momentum", 0.1),
                      bind_option_boolean(L, options, "training", false)};
   if (bind_option_boolean(L, options, "less_zero", false)) {
@@ -121,6 +188,15 @@ static int l_adaptive_max_pool2d(lua_State *L) {
   return adaptive(L, "adaptive_max_pool2d", orepa_adaptive_max_pool2d);
 }
 
+/* interpolate(x, height, width, bilinear, align_corners, scales of height and width) */
+static int l_interpolate(lua_State *L) {
+  orepa_tensor *x = bind_tensor(L, 1);
+  int64_t size[2] = {bind_integer(L, 2, "interpolate: the height"), bind_integer(L, 3, "interpolate: the width")};
+  orepa_interpolation how = {
+      lua_toboolean(L, 4), lua_toboolean(L, 5), {luaL_optnumber(L, 6, 0), luaL_optnumber(L, 7, 0)}};
+  BIND_RETURN(L, orepa_interpolate(x, size, &how));
+}
+
 static int l_softmax(lua_State *L) {
   orepa_tensor *x = bind_tensor(L, 1);
   int axis = bind_axis(L, 2, orepa_rank(x), "softmax");
@@ -160,6 +236,23 @@ static const bind_row rows[] = {
      "it; then, with act = \"relu\", comes a ReLU. Without gradients all that is one kernel, whose ReLU of NaN may be "
      "0.\n"
      "> F.conv2d(orepa.ones(1, 3, 8, 8), orepa.ones(4, 3, 3, 3), {padding = 1})"},
+    {"conv_transpose2d", l_conv_transpose2d,
+     "F.conv_transpose2d(x, weight, bias, {stride=, padding=, output_padding=, dilation=, groups=}) -> tensor\n"
+     "The data gradient of a convolution as a map: x (N, I, H, W) with weight (I, O/groups, KH, KW) gives (N, O, P, "
+     "Q), where P = (H - 1) * stride - 2 * padding + dilation * (KH - 1) + output_padding + 1; bias (O) may be left "
+     "out. Sizes are a number or {height, width}; output_padding, 0 if not given, is less than the stride or the "
+     "dilation.\n"
+     "> F.conv_transpose2d(orepa.ones(1, 3, 4, 4), orepa.ones(3, 2, 2, 2), {stride = 2})"},
+    {"group_norm", l_group_norm,
+     "F.group_norm(x, groups, {weight=, bias=, eps=}) -> tensor\n"
+     "Cuts the channels of x (N, C, ...) into groups and normalises each by its own mean and variance in each image; "
+     "then weight (C) multiplies and bias (C) is added. eps is 1e-5 if not given.\n"
+     "> F.group_norm(orepa.randn(2, 6, 4, 4), 3)"},
+    {"layer_norm", l_layer_norm,
+     "F.layer_norm(x, shape, {weight=, bias=, eps=}) -> tensor\n"
+     "Normalises the last dimensions of x together, by their own mean and variance; their shape is a list, or a number "
+     "for the last one. weight and bias are of that shape; eps is 1e-5 if not given.\n"
+     "> F.layer_norm(orepa.randn(2, 5, 8), 8)"},
     {"linear", l_linear,
      "F.linear(x, weight, bias) -> tensor\nx (..., I) times weight (O, I) transposed, plus bias (O), which may be left "
      "out.\n> F.linear(orepa.ones(2, 3), orepa.ones(4, 3))"},
@@ -182,6 +275,7 @@ static const bind_row rows[] = {
     {"adaptive_max_pool2d", l_adaptive_max_pool2d,
      "F.adaptive_max_pool2d(x, {output_size=}) -> tensor\nThe same with the largest elements.\n"
      "> F.adaptive_max_pool2d(orepa.ones(1, 1, 7, 5), {output_size = {2, 3}})"},
+    {"interpolate", l_interpolate, NULL}, /* resize.lua has what users call */
     {"softmax", l_softmax,
      "F.softmax(x, dim) -> tensor\nExponentials that sum to 1 along a dimension.\n"
      "> F.softmax(orepa.ones(2, 4), 2)"},

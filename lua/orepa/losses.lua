@@ -97,21 +97,92 @@ local function weighted_rows(logits, labels, o)
   return losses, by_label
 end
 
+-- Each row's sum over classes of -weight * probability * log(softmax), where label smoothing s mixes probabilities with s / C.
+local function probability_rows(logits, target, o)
+  logits, target = compared("cross_entropy", logits, target)
+  if o.ignore_index then core.fail "cross_entropy: ignore_index goes with labels, not with probabilities" end
+  if #logits.shape < 2 then core.fail(("cross_entropy: logits are %s; (N, C, ...) expected"):format(text_of(logits))) end
+  if o.label_smoothing > 0 then
+    target = target:multiply_add(1 - o.label_smoothing, o.label_smoothing / logits.shape[2])
+  end
+  if o.weight then target = target * class_weights(logits, o.weight) end
+  return -(F.log_softmax(logits, 2) * target):sum(2)
+end
+
+local function is_float(t)
+  return core.is_tensor(t) and t.dtype:find "float"
+end
+
+local function check_smoothing(smoothing)
+  if type(smoothing) ~= "number" or not (smoothing >= 0 and smoothing <= 1) then
+    core.fail(("cross_entropy: label_smoothing is %s, it lies between 0 and 1"):format(tostring(smoothing)))
+  end
+end
+
 function F.cross_entropy(logits, labels, given)
-  local o = options("cross_entropy", given, { label_smoothing = 0, ignore_index = -100, reduction = "mean",
+  local o = options("cross_entropy", given, { label_smoothing = 0, ignore_index = options.optional, reduction = "mean",
     weight = options.optional })
   check_reduction("cross_entropy", o.reduction)
+  if is_float(labels) then
+    check_smoothing(o.label_smoothing)
+    return reduced(probability_rows(logits, labels, o), o.reduction)
+  end
+  o.ignore_index = o.ignore_index or -100
   if not o.weight then
     local losses = rows_of(logits, labels, { label_smoothing = o.label_smoothing, ignore_index = o.ignore_index,
       reduction = o.reduction == "mean" and "mean" or "none" })
     return o.reduction == "sum" and losses:sum() or losses
   end
-  if type(o.label_smoothing) ~= "number" or not (o.label_smoothing >= 0 and o.label_smoothing <= 1) then
-    core.fail(("cross_entropy: label_smoothing is %s, it lies between 0 and 1"):format(tostring(o.label_smoothing)))
-  end
+  check_smoothing(o.label_smoothing)
   local losses, by_label = weighted_rows(logits, labels, o)
   if o.reduction ~= "mean" then return reduced(losses, o.reduction) end
   return losses:sum() / by_label:sum():maximum(1e-30) -- where nothing counts, 0
+end
+
+-- ---- negative log-likelihood of what has been through log_softmax ----
+
+local function check_likelihood(x, labels, o)
+  for k, t in ipairs { x, labels } do
+    if not core.is_tensor(t) then core.fail(("nll_loss: argument %d: a tensor expected, got %s"):format(k, type(t))) end
+  end
+  local shape = labels.shape
+  table.insert(shape, 2, x.shape[2])
+  local fits = #x.shape >= 2 and #x.shape == #shape and labels.dtype == "int64" and x.device == labels.device and is_float(x)
+  for d, size in ipairs(shape) do fits = fits and x.shape[d] == size end
+  if not fits then
+    core.fail(("nll_loss: input %s, labels %s; floats (N, C) go with int64 (N), (N, C, H, W) with int64 (N, H, W)"):format(
+      text_of(x), text_of(labels)))
+  end
+  o.ignore_index = type(o.ignore_index) == "number" and math.tointeger(o.ignore_index) or o.ignore_index
+  if math.type(o.ignore_index) ~= "integer" then
+    core.fail(("nll_loss: ignore_index is %s, a whole number expected"):format(tostring(o.ignore_index)))
+  end
+end
+
+local function check_classes(classes, count)
+  if classes:count() == 0 then return end
+  local lowest, highest = classes:min():item(), classes:max():item()
+  if lowest < 0 or highest >= count then
+    core.fail(("nll_loss: labels from %d to %d; they lie between 0 and %d"):format(lowest, highest, count - 1))
+  end
+end
+
+function F.nll_loss(x, labels, given)
+  local o = options("nll_loss", given, { weight = options.optional, ignore_index = -100, reduction = "mean" })
+  check_reduction("nll_loss", o.reduction)
+  check_likelihood(x, labels, o)
+  x = wide(x)
+  local counted = labels:ne(o.ignore_index)
+  local classes, shape = core.where(counted, labels, 0), labels.shape
+  check_classes(classes, x.shape[2])
+  local factor = counted:to(x.dtype)
+  if o.weight then
+    factor = class_weights(x, o.weight):reshape(-1):index_select(1, classes:reshape(-1)):reshape(shape) * factor
+  end
+  table.insert(shape, 2, 1)
+  local losses = -x:gather(2, classes:reshape(shape)):reshape(labels.shape) * factor
+  if o.reduction ~= "mean" then return reduced(losses, o.reduction) end
+  return losses:sum() / factor:sum():maximum(1e-30) -- where nothing counts, 0
 end
 
 -- ---- numbers beside numbers ----
@@ -141,6 +212,13 @@ function F.mse_loss(x, target, given)
 end
 
 -- With d = |x - target| and m = min(d, beta) both pieces, d^2 / (2*beta) and d - beta/2, are m * (d - m/2) / beta.
+function F.l1_loss(x, target, given)
+  local o = options("l1_loss", given, { reduction = "mean" })
+  check_reduction("l1_loss", o.reduction)
+  x, target = compared("l1_loss", x, target)
+  return reduced((x - target):abs(), o.reduction)
+end
+
 function F.smooth_l1_loss(x, target, given)
   local o = options("smooth_l1_loss", given, { beta = 1, reduction = "mean" })
   check_reduction("smooth_l1_loss", o.reduction)
@@ -176,7 +254,8 @@ document("F.cross_entropy", [[
   F.cross_entropy(logits, labels, {weight=, label_smoothing=, ignore_index=, reduction=}) -> tensor
   The negative log-likelihood of labels: its mean over rows, their "sum", or with reduction = "none" each row's. logits (N, C)
   with int64 labels (N) that count from 0, or (N, C, H, W) with (N, H, W). Rows labelled ignore_index (-100) don't count. A
-  weight (C) multiplies rows by their label, and the mean is divided by the sum of those.
+  weight (C) multiplies rows by their label, and the mean is divided by the sum of those. Instead of labels there may be
+  probabilities, floats of the logits' shape, which may have a gradient too; then the mean is over all rows.
   > F.cross_entropy(orepa.randn(2, 5), orepa.tensor({0, 4}, {dtype = "int64"}))
   > F.cross_entropy(orepa.randn(2, 2), orepa.tensor({0, 1}, {dtype = "int64"}), {weight = orepa.tensor({1, 10})})]])
 document("F.binary_cross_entropy_with_logits", [[
@@ -189,6 +268,14 @@ document("F.mse_loss", [[
   F.mse_loss(x, target, {reduction=}) -> tensor
   The squared difference of two tensors of one shape: the "mean", the "sum", or with "none" each one.
   > F.mse_loss(orepa.ones(2, 3), orepa.zeros(2, 3))]])
+document("F.nll_loss", [[
+  F.nll_loss(x, labels, {weight=, ignore_index=, reduction=}) -> tensor
+  F.cross_entropy of what has been through log_softmax along the second dimension.
+  > F.nll_loss(F.log_softmax(orepa.randn(2, 5), 2), orepa.tensor({0, 4}, {dtype = "int64"}))]])
+document("F.l1_loss", [[
+  F.l1_loss(x, target, {reduction=}) -> tensor
+  The absolute difference of two tensors of one shape: the "mean", the "sum", or with "none" each one.
+  > F.l1_loss(orepa.ones(2, 3), orepa.zeros(2, 3))]])
 document("F.smooth_l1_loss", [[
   F.smooth_l1_loss(x, target, {beta=, reduction=}) -> tensor
   With d = |x - target|: d^2 / (2*beta) up to beta (1), then d - beta/2; with beta = 0 it is d. Tensors are of one shape;

@@ -63,6 +63,31 @@ describe("autocast", function()
     assert.equal("float32", orepa.get_autocast())
   end)
 
+  it("casts a transposed convolution; norms by an image's own statistics, interpolation and borders keep the type", function()
+    local x, w, b = orepa.randn(2, 4, 5, 5):requires_grad_(), orepa.randn(4, 6, 3, 3):requires_grad_(), orepa.randn(6)
+    local norm = nn.GroupNorm { num_groups = 2, num_channels = 6 }
+    b:requires_grad_()
+    local function run() return F.conv_transpose2d(x, w, b, { stride = 2 }) end
+    local y, wanted = cast(run), run()
+    assert.same({ "bfloat16", "float32" }, { y.dtype, wanted.dtype })
+    near(y, wanted, 0.02)
+    for dtype, map in pairs { bfloat16 = y, float32 = wanted } do
+      cast(function()
+        for _, z in ipairs { norm(map), F.layer_norm(map, 11), F.interpolate(map, { scale_factor = 2 }), F.pad(map, { 1, 1 }) } do
+          assert.equal(dtype, z.dtype)
+        end
+      end)
+    end
+    local dy, gradients = orepa.randn(y.shape), {}
+    y:backward(dy:to "bfloat16")
+    for k, p in ipairs { x, w, b } do
+      assert.equal("float32", p.grad.dtype)
+      gradients[k], p.grad = p.grad, nil
+    end
+    wanted:backward(dy)
+    for k, p in ipairs { x, w, b } do near(gradients[k], p.grad, 0.02, "gradient " .. k) end
+  end)
+
   it("ends with an error, which passes through unchanged", function()
     local thrown = {}
     local ok, caught = pcall(orepa.autocast, "bfloat16", function() error(thrown) end)

@@ -1,5 +1,5 @@
--- Activations, losses, optimizers, schedules, clipping and the sizes of initial values against PyTorch's numbers
--- (tests/golden/training): in float64 on the reference device, in float32 on the cpu.
+-- Activations, losses, optimizers, schedules, clipping, the sizes of initial values, functions and layers against PyTorch's
+-- numbers (tests/golden/training): in float64 on the reference device, in float32 on the cpu.
 
 local cjson = require "cjson"
 local orepa = require "orepa"
@@ -184,3 +184,62 @@ describe("initial values", function()
     assert.near(expected.initial["leaky_relu 0.2"], nn.init.gain("leaky_relu", 0.2), 1e-15)
   end)
 end)
+
+-- ---- functions and layers, whose arguments are PyTorch's ----
+
+local function case_text(case)
+  return ("%s %s %s"):format(case.name, cjson.encode(case.arguments), cjson.encode(case.options))
+end
+
+for _, kind in ipairs(kinds) do
+  describe("functions in " .. kind.name, function()
+    for _, case in ipairs(expected.functions) do
+      it(case_text(case), function()
+        local x, arguments = tensor(case.x, kind):requires_grad_(), { table.unpack(case.arguments) }
+        arguments[#arguments + 1] = case.options
+        local y = F[case.name](x, table.unpack(arguments))
+        y:backward(tensor(case.dy, kind))
+        check("y", y, case.y, kind.limit)
+        check("dx", x.grad, case.dx, kind.limit)
+      end)
+    end
+  end)
+end
+
+local argument_names = {
+  ConvTranspose2d = { "in_channels", "out_channels", "kernel_size" }, GroupNorm = { "num_groups", "num_channels" },
+  LayerNorm = { "normalized_shape" }, Embedding = { "num_embeddings", "embedding_dim" }, Upsample = {}, GELU = {},
+  Flatten = { "dim", "end_dim" },
+}
+
+local function layer_of(case, kind)
+  local o = {}
+  for name, value in pairs(case.options) do o[name] = value end
+  for k, value in ipairs(case.arguments) do
+    o[argument_names[case.name][k]] = case.name == "Flatten" and value + 1 or value -- dimensions count from 1
+  end
+  local module, state = nn[case.name](o), {}
+  module:to(kind.options.dtype):to(kind.options.device)
+  for name, values in pairs(case.state) do state[name] = tensor(values, kind) end
+  module:load_state_dict(state)
+  return module
+end
+
+for _, kind in ipairs(kinds) do
+  describe("layers in " .. kind.name, function()
+    for k, case in ipairs(expected.layers) do
+      it(("%s (%d)"):format(case_text(case), k), function()
+        local module, floats = layer_of(case, kind), case.dx ~= cjson.null
+        local x = floats and tensor(case.x, kind):requires_grad_()
+          or orepa.tensor(case.x, { dtype = "int64", device = kind.options.device })
+        local y = module(x)
+        y:backward(tensor(case.dy, kind))
+        check("y", y, case.y, kind.limit * 10)
+        if floats then check("dx", x.grad, case.dx, kind.limit * 10) end
+        for name, values in pairs(case.gradients) do
+          check(name .. "'s gradient", module:get(name).grad, values, kind.limit * 20)
+        end
+      end)
+    end
+  end)
+end

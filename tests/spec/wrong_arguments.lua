@@ -135,6 +135,18 @@ end
 -- Calls that are right, to which one wrong option is added.
 local bases = {
   ["F.conv2d"] = function() return { orepa.rand(2, 4, 5, 3), orepa.rand(4, 4, 3, 3), {} } end,
+  ["F.conv_transpose2d"] = function() return { orepa.rand(2, 4, 5, 3), orepa.rand(4, 4, 3, 3), {} } end,
+  ["F.interpolate"] = function() return { orepa.rand(2, 4, 5, 3), { scale_factor = 2 } } end,
+  ["F.pad"] = function() return { orepa.rand(2, 4, 5, 3), { 1, 2, 0, 1 }, {} } end,
+  ["F.group_norm"] = function() return { orepa.rand(2, 4, 5, 3), 2, {} } end,
+  ["F.layer_norm"] = function() return { orepa.rand(2, 4, 5, 3), 3, {} } end,
+  ["F.embedding"] = function() return { orepa.tensor({ 0, 1 }, { dtype = "int64" }), orepa.rand(2, 3), {} } end,
+  ["F.nll_loss"] = function() return { orepa.rand(2, 3), orepa.zeros({ 2 }, { dtype = "int64" }), {} } end,
+  ["F.gelu"] = function() return { orepa.rand(2, 3), {} } end,
+  ["nn.ConvTranspose2d"] = function() return { { in_channels = 2, out_channels = 2, kernel_size = 2 } } end,
+  ["nn.GroupNorm"] = function() return { { num_groups = 2, num_channels = 4 } } end,
+  ["nn.LayerNorm"] = function() return { { normalized_shape = 4 } } end,
+  ["nn.Embedding"] = function() return { { num_embeddings = 2, embedding_dim = 2 } } end,
   ["F.batch_norm"] = function() return { orepa.rand(2, 4, 5, 3), { training = true } } end,
   ["F.max_pool2d"] = function() return { orepa.rand(2, 4, 5, 3), { kernel_size = 2 } } end,
   ["F.avg_pool2d"] = function() return { orepa.rand(2, 4, 5, 3), { kernel_size = 2 } } end,

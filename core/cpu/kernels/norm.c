@@ -88,6 +88,15 @@ static void apply_run(const row_layout *m, row_run run, void *z, const void *y, 
   }
 }
 
+void KERNEL(norm_apply_rows)(const row_layout *m, int64_t first, int64_t last, void *z, const void *y,
+                             const float *scale, const float *shift) {
+  apply_terms terms = {scale, shift, NULL, NULL};
+  bool streams = streams_map(m, z);
+  for (int64_t k = 0; k < runs_between(m, first, last); k++)
+    apply_run(m, run_between(m, first, last, k), z, y, NULL, &terms, false, streams);
+  stream_end();
+}
+
 /* Rows that a thread takes at a time where nothing is summed: about 16,000 elements. */
 static int64_t rows_at_once(int64_t channels) {
   return 1 + 16384 / (channels + 1);

@@ -108,6 +108,12 @@ static inline void add_repeated(float *sums, const float line[LINE], int64_t cha
 
 /* ---- chunks ---- */
 
+/* norm_statistics.c: moments of the rows first ... last - 1 of a map, into `chunk` (4, C). */
+void KERNEL(norm_chunk_moments)(const row_layout *m, float *chunk, int64_t first, int64_t last, const void *x);
+/* norm.c: z = scale*y + shift in these rows. */
+void KERNEL(norm_apply_rows)(const row_layout *m, int64_t first, int64_t last, void *z, const void *y,
+                             const float *scale, const float *shift);
+
 static inline int64_t chunk_end(int64_t rows, int64_t chunk) {
   int64_t end = (chunk + 1) * moments_rows(rows);
   return end < rows ? end : rows;

@@ -66,8 +66,7 @@ static void choose_pivots(const row_layout *m, float *pivot, int64_t first, int6
   }
 }
 
-/* Chunk k, of the rows first ... last - 1, into `chunk` (4, C). */
-static void chunk_moments(const row_layout *m, float *chunk, int64_t first, int64_t last, const void *x) {
+void KERNEL(norm_chunk_moments)(const row_layout *m, float *chunk, int64_t first, int64_t last, const void *x) {
   float *count = chunk, *pivot = count + m->channels, *sum = pivot + m->channels, *square = sum + m->channels;
   for (int64_t c = 0; c < m->channels; c++)
     count[c] = (float)(last - first);
@@ -89,7 +88,8 @@ device_status KERNEL(norm_moments)(device_context *context, const device_array *
   int64_t chunks = moments_chunks(m.rows), step = moments_rows(m.rows);
 #pragma omp parallel for schedule(static) if (m.rows * m.channels >= PARALLEL_FROM)
   for (int64_t k = 0; k < chunks; k++)
-    chunk_moments(&m, (float *)moments->data + k * 4 * m.channels, k * step, chunk_end(m.rows, k), x->data);
+    KERNEL(norm_chunk_moments)
+  (&m, (float *)moments->data + k * 4 * m.channels, k * step, chunk_end(m.rows, k), x->data);
   return DEVICE_DONE;
 }
 

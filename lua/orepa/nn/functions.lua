@@ -4,7 +4,7 @@ local core = require "orepa.core"
 local document = require "orepa.document"
 local options = require "orepa.options"
 local module = require "orepa.nn.module"
-local dropout_options = require("orepa.functional").dropout_options
+local functional, resize = require "orepa.functional", require "orepa.resize"
 local F = core.F
 
 local functions = {}
@@ -13,8 +13,7 @@ local layer = module.internal.lister(functions)
 
 -- ---- functions of one tensor ----
 
-for name, f in pairs { ReLU = "relu", Sigmoid = "sigmoid", Tanh = "tanh", SiLU = "silu", GELU = "gelu",
-  Hardswish = "hardswish" } do
+for name, f in pairs { ReLU = "relu", Sigmoid = "sigmoid", Tanh = "tanh", SiLU = "silu", Hardswish = "hardswish" } do
   local class, apply = layer(name), F[f]
   function class.forward(_, x) return apply(x) end
   document("nn." .. name, ("nn.%s() -> module\nF.%s as a layer.\n> nn.%s()(orepa.tensor({-1, 1}))"):format(name, f, name))
@@ -30,10 +29,11 @@ end
 
 -- A whole number other than 0, of a dimension.
 local function dimension(where, dim)
-  if math.type(dim) ~= "integer" or dim == 0 then
+  local whole = type(dim) == "number" and math.tointeger(dim)
+  if not whole or whole == 0 then
     core.fail(("%s: dim is %s; dimensions count from 1, -1 is the last"):format(where, tostring(dim)))
   end
-  return dim
+  return whole
 end
 
 local LeakyReLU = layer "LeakyReLU"
@@ -55,6 +55,20 @@ function LeakyReLU:extra()
   return ("slope %g"):format(self.negative_slope)
 end
 
+local GELU = layer "GELU"
+
+function GELU:init(o)
+  self.options = functional.gelu_options("GELU", o)
+end
+
+function GELU:forward(x)
+  return F.gelu(x, self.options)
+end
+
+function GELU:extra()
+  return self.options.approximate == "none" and "" or "by " .. self.options.approximate
+end
+
 local Softmax = layer "Softmax"
 
 function Softmax:init(o)
@@ -74,30 +88,60 @@ local Flatten = layer "Flatten"
 
 function Flatten:init(o)
   if type(o) == "number" then o = { dim = o } end
-  self.dim = dimension("Flatten", options("Flatten", o, { dim = 2 }).dim)
+  o = options("Flatten", o, { dim = 2, end_dim = -1 })
+  self.dim, self.end_dim = dimension("Flatten", o.dim), dimension("Flatten", o.end_dim)
 end
 
 function Flatten:forward(x)
-  return x:flatten(self.dim)
+  if self.end_dim == -1 then return x:flatten(self.dim) end
+  local rank = #x.shape
+  local function counted(dim) return dim < 0 and dim + rank + 1 or dim end
+  local first, last = counted(self.dim), counted(self.end_dim)
+  if first < 1 or last > rank or first > last then
+    core.fail(("Flatten: dimensions %d to %d of an input that has %d"):format(self.dim, self.end_dim, rank))
+  end
+  local shape, one = {}, 1
+  for d, size in ipairs(x.shape) do
+    if d >= first and d <= last then one = one * size end
+    if d < first or d > last then shape[#shape + 1] = size end
+    if d == last then shape[#shape + 1] = one end
+  end
+  return x:reshape(shape)
 end
 
 function Flatten:extra()
-  return ("from dim %d"):format(self.dim)
+  return ("from dim %d"):format(self.dim) .. (self.end_dim == -1 and "" or (" to %d"):format(self.end_dim))
 end
 
-local Dropout = layer "Dropout"
-
-function Dropout:init(o)
-  if type(o) == "number" then o = { p = o } end
-  self.p = dropout_options("Dropout", options("Dropout", o, { p = 0.5 })).p
+for name, f in pairs { Dropout = "dropout", Dropout2d = "dropout2d" } do
+  local class, drop = layer(name), F[f]
+  function class:init(o)
+    if type(o) == "number" then o = { p = o } end
+    self.p = functional.dropout_options(name, options(name, o, { p = 0.5 })).p
+  end
+  function class:forward(x)
+    return drop(x, { p = self.p, training = self.training })
+  end
+  function class:extra()
+    return ("p %g"):format(self.p)
+  end
 end
 
-function Dropout:forward(x)
-  return F.dropout(x, { p = self.p, training = self.training })
+local Upsample = layer "Upsample"
+
+function Upsample:init(o)
+  if type(o) == "number" then o = { scale_factor = o } end
+  self.options = resize.interpolate_options("Upsample", o)
 end
 
-function Dropout:extra()
-  return ("p %g"):format(self.p)
+function Upsample:forward(x)
+  return resize.interpolated(x, self.options)
+end
+
+function Upsample:extra()
+  local o = self.options
+  local two = o.size or o.scale_factor
+  return ("%s %gx%g, %s"):format(o.size and "to" or "by", two[1], two[2], o.mode)
 end
 
 document("nn.Identity", [[
@@ -113,12 +157,25 @@ document("nn.Softmax", [[
   F.softmax as a layer; nn.Softmax(2) names the dimension alone.
   > nn.Softmax(2)(orepa.ones(2, 4))]])
 document("nn.Flatten", [[
-  nn.Flatten{dim=} -> module
-  Dimensions from `dim` on become one; from the second on if none is named, so that (N, C, H, W) becomes (N, C*H*W).
+  nn.Flatten{dim=, end_dim=} -> module
+  Dimensions from `dim` on, up to `end_dim` (the last), become one; from the second on if none is named, so that (N, C, H, W)
+  becomes (N, C*H*W). nn.Flatten(1) names the first one alone.
   > nn.Flatten()(orepa.ones(2, 3, 4, 4))]])
 document("nn.Dropout", [[
   nn.Dropout{p=} -> module
   F.dropout while training, nothing in evaluation; nn.Dropout(0.1) names the probability alone, which is 0.5 if not given.
   > nn.Dropout(0.1)(orepa.ones(8))]])
+document("nn.GELU", [[
+  nn.GELU{approximate=} -> module
+  F.gelu as a layer.
+  > nn.GELU()(orepa.tensor({-1, 1}))]])
+document("nn.Dropout2d", [[
+  nn.Dropout2d{p=} -> module
+  F.dropout2d while training, nothing in evaluation; nn.Dropout2d(0.1) names the probability alone.
+  > nn.Dropout2d(0.1)(orepa.ones(1, 8, 2, 2))]])
+document("nn.Upsample", [[
+  nn.Upsample{size=, scale_factor=, mode=, align_corners=} -> module
+  F.interpolate as a layer; nn.Upsample(2) names the scale factor alone.
+  > nn.Upsample{scale_factor = 2, mode = "bilinear"}(orepa.ones(1, 3, 4, 4))]])
 
 return functions

@@ -5,6 +5,7 @@ local document = require "orepa.document"
 local options = require "orepa.options"
 local whole, sizes = require("orepa.reparam").check.whole, require("orepa.reparam").check.pair
 local module = require "orepa.nn.module"
+local embedding_row = require("orepa.functional").embedding_row
 local F, Parameter = core.F, module.internal.Parameter
 local required = options.required
 
@@ -52,6 +53,40 @@ function Conv2d:extra()
     pair(o.padding), o.groups > 1 and (", groups %d"):format(o.groups) or "")
 end
 
+-- ---- ConvTranspose2d ----
+
+local ConvTranspose2d = layer "ConvTranspose2d"
+
+function ConvTranspose2d:init(o)
+  o = options("ConvTranspose2d", o, { in_channels = required, out_channels = required, kernel_size = required, stride = 1,
+    padding = 0, output_padding = 0, dilation = 1, groups = 1, bias = true })
+  for _, name in ipairs { "in_channels", "out_channels", "groups" } do o[name] = whole(o[name], 1, "ConvTranspose2d", name) end
+  for _, name in ipairs { "kernel_size", "stride", "dilation" } do o[name] = sizes(o[name], 1, "ConvTranspose2d", name) end
+  for _, name in ipairs { "padding", "output_padding" } do o[name] = sizes(o[name], 0, "ConvTranspose2d", name) end
+  local kh, kw = o.kernel_size[1], o.kernel_size[2]
+  if o.in_channels % o.groups ~= 0 or o.out_channels % o.groups ~= 0 then
+    core.fail(("ConvTranspose2d: %d groups don't divide %d -> %d channels"):format(o.groups, o.in_channels, o.out_channels))
+  end
+  for d = 1, 2 do
+    if o.output_padding[d] >= math.max(o.stride[d], o.dilation[d]) then
+      core.fail(("ConvTranspose2d: output_padding %d must be less than the stride %d or the dilation %d"):format(
+        o.output_padding[d], o.stride[d], o.dilation[d]))
+    end
+  end
+  local bound = 1 / math.sqrt(o.out_channels // o.groups * kh * kw)
+  self.weight = Parameter(uniform({ o.in_channels, o.out_channels // o.groups, kh, kw }, bound))
+  if o.bias then self.bias = Parameter(uniform({ o.out_channels }, bound)) end
+  self.options = o
+  self.geometry = { stride = o.stride, padding = o.padding, output_padding = o.output_padding, dilation = o.dilation,
+    groups = o.groups }
+end
+
+function ConvTranspose2d:forward(x)
+  return F.conv_transpose2d(x, self.weight, self.bias, self.geometry)
+end
+
+ConvTranspose2d.extra = Conv2d.extra
+
 -- ---- Linear ----
 
 local Linear = layer "Linear"
@@ -78,18 +113,23 @@ end
 local Embedding = layer "Embedding"
 
 function Embedding:init(o)
-  o = options("Embedding", o, { num_embeddings = required, embedding_dim = required })
+  o = options("Embedding", o, { num_embeddings = required, embedding_dim = required, padding_idx = options.optional })
   for _, name in ipairs { "num_embeddings", "embedding_dim" } do o[name] = whole(o[name], 1, "Embedding", name) end
-  self.weight = Parameter(core.randn(o.num_embeddings, o.embedding_dim))
+  local weight = core.randn(o.num_embeddings, o.embedding_dim)
+  o.padding_idx = embedding_row("Embedding", o.padding_idx, o.num_embeddings)
+  if o.padding_idx then weight:select(1, o.padding_idx + 1):zero_() end
+  self.weight = Parameter(weight)
   self.options = o
+  self.padding = { padding_idx = o.padding_idx }
 end
 
 function Embedding:forward(x)
-  return F.embedding(x, self.weight)
+  return F.embedding(x, self.weight, self.padding)
 end
 
 function Embedding:extra()
-  return ("%d, %d"):format(self.options.num_embeddings, self.options.embedding_dim)
+  local o = self.options
+  return ("%d, %d%s"):format(o.num_embeddings, o.embedding_dim, o.padding_idx and (", padding %d"):format(o.padding_idx) or "")
 end
 
 -- ---- BatchNorm2d ----
@@ -201,13 +241,20 @@ document("nn.Conv2d", [[
   nn.Conv2d{in_channels=, out_channels=, kernel_size=, stride=, padding=, dilation=, groups=, bias=} -> module
   A convolution of (N, I, H, W). Weight and bias start uniform within 1/sqrt(I/groups * KH * KW).
   > nn.Conv2d{in_channels = 3, out_channels = 8, kernel_size = 3, padding = 1}(orepa.ones(1, 3, 8, 8))]])
+document("nn.ConvTranspose2d", "nn.ConvTranspose2d{in_channels=, out_channels=, kernel_size=, stride=, padding=, "
+  .. "output_padding=, dilation=, groups=, bias=} -> module" .. [[
+
+  F.conv_transpose2d as a layer: it undoes what a convolution of this geometry does to sizes. The weight is
+  (I, O/groups, KH, KW); it and the bias start uniform within 1/sqrt(O/groups * KH * KW).
+  > nn.ConvTranspose2d{in_channels = 8, out_channels = 3, kernel_size = 2, stride = 2}(orepa.ones(1, 8, 4, 4))]])
 document("nn.Linear", [[
   nn.Linear{in_features=, out_features=, bias=} -> module
   x times the transposed weight, plus a bias.
   > nn.Linear{in_features = 4, out_features = 2}(orepa.ones(3, 4))]])
 document("nn.Embedding", [[
-  nn.Embedding{num_embeddings=, embedding_dim=} -> module
-  F.embedding with a table of its own, normal at first.
+  nn.Embedding{num_embeddings=, embedding_dim=, padding_idx=} -> module
+  F.embedding with a table of its own, normal at first. The row padding_idx, if there is one, starts as zeros and gets no
+  gradient.
   > nn.Embedding{num_embeddings = 10, embedding_dim = 3}(orepa.tensor({7, 0}, {dtype = "int64"}))]])
 document("nn.BatchNorm2d", [[
   nn.BatchNorm2d{num_features=, eps=, momentum=, affine=, track_running_stats=} -> module

@@ -1,5 +1,6 @@
 """Writes expected.json, beside this file, with PyTorch (it was written by 2.13) in float64: activations and losses with their
-gradients, steps of optimizers, learning rates of schedules, clipped gradients, and the sizes of initial values.
+gradients, steps of optimizers, learning rates of schedules, clipped gradients, the sizes of initial values, and layers with
+their gradients.
 
     python make.py
 """
@@ -76,6 +77,16 @@ def losses():
     for reduction in "mean", "batchmean", "sum", "none":
         cases.append(loss("kl_div", logp, q, reduction=reduction))
         cases.append(loss("kl_div", logp, logq, reduction=reduction, log_target=True))
+    targets, dense_targets = torch.randn(6, 4).softmax(1), torch.randn(2, 4, 3, 2).softmax(1)
+    likelihoods = logits.log_softmax(1)
+    for reduction in "mean", "sum", "none":
+        for more in {}, {"weight": weight}, {"label_smoothing": 0.1}, {"weight": weight, "label_smoothing": 0.3}:
+            cases.append(loss("cross_entropy", logits, targets, reduction=reduction, **more))
+            cases.append(loss("cross_entropy", maps, dense_targets, reduction=reduction, **more))
+        for more in {}, {"weight": weight}:
+            cases.append(loss("nll_loss", likelihoods, labels, reduction=reduction, **more))
+            cases.append(loss("nll_loss", maps, dense, reduction=reduction, ignore_index=7, **more))
+        cases.append(loss("l1_loss", a, b, reduction=reduction))
     return cases
 
 
@@ -183,5 +194,84 @@ def initial():
     return {"fans": fans, "gains": gains, "leaky_relu 0.2": nn.init.calculate_gain("leaky_relu", 0.2)}
 
 
-parts = [activations, losses, optimizers, schedules, clips, initial]
+# ---- layers: what they give and the gradients of input and parameters, as names in a state dict ----
+
+def function(name, x, *arguments, **options):
+    """One call of F's function, with its options as ours are called."""
+    leaf = x.clone().requires_grad_()
+    y = getattr(F, name)(leaf, *arguments, **options)
+    dy = torch.randn(y.shape)
+    y.backward(dy)
+    return {"name": name, "arguments": arguments, "options": options, "x": numbers(x), "y": numbers(y), "dy": numbers(dy),
+            "dx": numbers(leaf.grad)}
+
+
+def layer(name, x, *arguments, **options):
+    module = getattr(nn, name)(*arguments, **options)
+    for p in module.parameters():
+        nn.init.normal_(p)
+    if options.get("padding_idx") is not None:
+        module.weight.data[options["padding_idx"]] = 0
+    leaf = x.clone().requires_grad_() if x.is_floating_point() else x
+    y = module(leaf)
+    dy = torch.randn(y.shape)
+    y.backward(dy)
+    return {"name": name, "arguments": arguments, "options": options, "x": numbers(x), "y": numbers(y), "dy": numbers(dy),
+            "dx": numbers(leaf.grad) if x.is_floating_point() else None,
+            "state": {k: numbers(v) for k, v in module.state_dict().items()},
+            "gradients": {k: numbers(p.grad) for k, p in module.named_parameters()}}
+
+
+def functions():
+    x, cases = torch.randn(1, 2, 4, 5), []
+    for o in ({"size": [8, 10]}, {"size": [7, 13]}, {"size": [3, 2]}, {"size": [4, 5]}, {"size": 1}, {"scale_factor": 2.0},
+              {"scale_factor": [1.3, 0.7]}, {"scale_factor": [2.6, 1.1]}, {"scale_factor": [0.5, 3.0]}):
+        cases.append(function("interpolate", x, mode="nearest", **o))
+        for corners in False, True:
+            cases.append(function("interpolate", x, mode="bilinear", align_corners=corners, **o))
+    cases.append(function("interpolate", torch.randn(1, 2, 1, 3), size=[5, 4], mode="bilinear", align_corners=True))
+    cases.append(function("pad", x, [1, 2, 0, 3], value=0.5))
+    cases.append(function("pad", x, [1, -2, -1, 1, 0, 2]))
+    cases.append(function("pad", x, [4, 3, 2, 3], mode="reflect"))
+    cases.append(function("pad", x, [5, 0, 1, 4], mode="circular"))
+    cases.append(function("pad", x, [7, 1, 0, 2], mode="replicate"))
+    cases.append(function("gelu", x, approximate="tanh"))
+    return cases
+
+
+def layers():
+    maps, wide, rows, indices = torch.randn(2, 4, 3, 5), torch.randn(1, 6, 2, 2), torch.randn(3, 2, 5), torch.tensor([[2, 0], [4, 2]])
+    convolutions = [
+        layer("ConvTranspose2d", maps, 4, 3, 3),
+        layer("ConvTranspose2d", maps, 4, 3, 2, stride=2),
+        layer("ConvTranspose2d", maps, 4, 2, [3, 2], stride=[2, 3], padding=[1, 0], output_padding=[1, 2]),
+        layer("ConvTranspose2d", maps, 4, 6, 3, stride=2, padding=1, output_padding=1, groups=2, bias=False),
+        layer("ConvTranspose2d", wide, 6, 3, 2, dilation=[1, 3], output_padding=[0, 2], groups=3),
+        layer("ConvTranspose2d", wide, 6, 6, 4, stride=2, padding=1, groups=6),
+    ]
+    norms = [
+        layer("GroupNorm", maps, 2, 4),
+        layer("GroupNorm", 100 + maps, 4, 4, eps=0.1),
+        layer("GroupNorm", wide, 1, 6, affine=False),
+        layer("GroupNorm", torch.randn(3, 6), 2, 6),
+        layer("GroupNorm", torch.randn(2, 4, 3), 2, 4),
+        layer("LayerNorm", rows, 5),
+        layer("LayerNorm", 50 + rows, [2, 5], eps=0.01),
+        layer("LayerNorm", rows, 5, bias=False),
+        layer("LayerNorm", rows, 5, elementwise_affine=False),
+        layer("LayerNorm", maps, [4, 3, 5]),
+        layer("LayerNorm", maps, 5),
+    ]
+    return convolutions + norms + [
+        layer("Embedding", indices, 5, 3),
+        layer("Embedding", indices, 5, 3, padding_idx=2),
+        layer("Embedding", indices, 5, 3, padding_idx=-1),
+        layer("Upsample", maps, scale_factor=2.0),
+        layer("Upsample", maps, size=[5, 9], mode="bilinear", align_corners=True),
+        layer("GELU", rows, approximate="tanh"),
+        layer("Flatten", maps, 1, 2),
+    ]
+
+
+parts = [activations, losses, optimizers, schedules, clips, initial, functions, layers]
 FILE.write_text("{" + ",\n".join(f'"{part.__name__}": {json.dumps(part())}' for part in parts) + "}\n")
