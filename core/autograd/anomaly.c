@@ -158,8 +158,9 @@ int anomaly_look_at_gradients(const autograd_node *node, orepa_tensor *const *dx
     if (!w.count)
       continue;
     describe(text, sizeof text, dx[k], &w);
-    return error_set("detect_anomaly: the backward of '%s'%s%s gives its input %d a gradient that has %s",
-                     node->op->name, node->place ? ", called at " : "", node->place ? node->place : "", k + 1, text);
+    return error_set("detect_anomaly: the backward of '%s'%s%s%s gives its input %d a gradient that has %s",
+                     node->op->name, node->place ? " (called at " : "", node->place ? node->place : "",
+                     node->place ? ")" : "", k + 1, text);
   }
   return 0;
 }

@@ -12,6 +12,7 @@ for name, value in pairs(require "orepa.data") do
 end
 orepa.train = require "orepa.train"
 orepa.diagnose = require "orepa.diagnose"
+orepa.gradcheck = require "orepa.gradcheck"
 orepa.watch = require("orepa.view").watch
 orepa.state_dict = require("orepa.state").select
 

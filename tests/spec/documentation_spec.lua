@@ -24,6 +24,7 @@ local objects = {
   norm = { nn.BatchNorm2d }, opt = { require("orepa.optim.optimizer").Optimizer },
   watch = { getmetatable(orepa.diagnose.watch(nn.ConvBN { in_channels = 1, out_channels = 1, kernel_size = 1 })).__index },
   live = { getmetatable(orepa.watch(nn.ReLU())).__index },
+  hook = { getmetatable(orepa.ones(1):requires_grad_():register_hook(print)).__index },
   loader = { getmetatable(data.loader { dataset = images, batch_size = 1 }).__index },
 }
 for _, name in ipairs { "SGD", "AdamW", "RMSprop" } do
