@@ -15,6 +15,7 @@ typedef struct {
 struct selection {
   int count;
   autograd_edge *places; /* of the tensors asked for; nodes are references */
+  uint64_t oldest;       /* node among them; 0: a leaf is */
   selection_entry *entries;
   size_t used, capacity; /* a power of two */
 };
@@ -96,9 +97,10 @@ static bool leads_along(const selection *s, const autograd_edge *edge) {
   return edge->leaf && selection_takes_leaf(s, edge->leaf);
 }
 
-/* All behind the node is known. One that an earlier pass used up must say so, unless it is where the pass would end. */
+/* All behind the node is known. One that an earlier pass used up must say so, unless it is where the pass would end. In
+ * a graph that is not there yet may be whatever is older. */
 static int conclude(selection *s, const autograd_node *node) {
-  bool leads = node->leads_further || (node->used && !selection_takes(s, node));
+  bool leads = (node->leads_further && s->oldest < node->order) || (node->used && !selection_takes(s, node));
   for (int k = 0; k < node->inputs && !leads; k++)
     leads = leads_along(s, &node->edges[k]);
   return mark(s, key_of_node(node), LOOKED_AT | (leads ? LEADS : 0));
@@ -129,6 +131,8 @@ int selection_look(selection *s, autograd_node *first) {
 /* ---- making and asking ---- */
 
 static int take(selection *s, autograd_edge *place, orepa_tensor *x) {
+  uint64_t order = x->node ? x->node->order : 0;
+  s->oldest = order < s->oldest ? order : s->oldest;
   if (x->node)
     *place = (autograd_edge){autograd_node_retain(x->node), x->output, NULL};
   else
@@ -140,6 +144,7 @@ selection *selection_new(int count, orepa_tensor *const *xs) {
   selection *s = calloc(1, sizeof *s);
   if (s) {
     s->capacity = 64;
+    s->oldest = UINT64_MAX;
     s->count = count;
     s->places = calloc((size_t)count, sizeof *s->places);
     s->entries = calloc(s->capacity, sizeof *s->entries);
