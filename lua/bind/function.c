@@ -29,7 +29,7 @@ static void push_field(lua_State *L, const char *name) {
 }
 
 static const char *what_is(lua_State *L, int index) {
-  return luaL_testudata(L, index, BIND_TENSOR) ? "a released tensor" : luaL_typename(L, index);
+  return luaL_testudata(L, index, BIND_TENSOR) ? "released tensor" : luaL_typename(L, index);
 }
 
 /* ---- the context ---- */
@@ -105,12 +105,12 @@ static void take_gradients(lua_State *L, const char *name, int first, const orep
   if (count == 0)
     bind_error(L, "%s: backward gave nothing; a gradient or nil for each of %d arguments expected", name, call->inputs);
   for (int k = 0; k < count; k++) {
-    if (lua_isnil(L, first + k))
+    if (!lua_toboolean(L, first + k)) /* `needed and dx` may be false */
       continue;
     if (k >= call->inputs)
       bind_error(L, "%s: backward gave %d gradients for %d arguments", name, count, call->inputs);
     if (!bind_test_tensor(L, first + k))
-      bind_error(L, "%s: backward gave %s as gradient %d; a tensor or nil expected", name, what_is(L, first + k),
+      bind_error(L, "%s: backward gave a %s as gradient %d; a tensor or nil expected", name, what_is(L, first + k),
                  k + 1);
   }
   for (int k = 0; k < count && k < call->inputs; k++) {
@@ -290,7 +290,7 @@ static void check_results(lua_State *L, const char *name, int first) {
     bind_error(L, "%s: forward gave nothing; a tensor expected", name);
   for (int k = 0; k < count; k++)
     if (!bind_test_tensor(L, first + k))
-      bind_error(L, "%s: forward gave %s as result %d; all must be tensors", name, what_is(L, first + k), k + 1);
+      bind_error(L, "%s: forward gave a %s as result %d; all must be tensors", name, what_is(L, first + k), k + 1);
 }
 
 static int l_call(lua_State *L) {

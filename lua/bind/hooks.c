@@ -17,12 +17,12 @@ static int call_function(lua_State *L) {
   lua_rawgeti(L, LUA_REGISTRYINDEX, call->reference);
   bind_push(L, call->gradient);
   lua_call(L, 1, 1);
-  if (lua_isnil(L, -1))
+  if (!lua_toboolean(L, -1))
     return 0;
   orepa_tensor **given = luaL_testudata(L, -1, BIND_TENSOR);
   if (!given || !*given)
-    return bind_error(L, "register_hook: the hook gave %s; a tensor or nothing expected",
-                      given ? "a released tensor" : luaL_typename(L, -1));
+    return bind_error(L, "register_hook: the hook gave a %s; a tensor or nothing expected",
+                      given ? "released tensor" : luaL_typename(L, -1));
   *call->instead = orepa_retain(*given);
   return 0;
 }

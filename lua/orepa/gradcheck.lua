@@ -18,7 +18,7 @@ end
 
 -- ---- what is checked ----
 
--- `set` lets f see other values: arguments are exchanged, parameters are written.
+-- `put` lets f see other values: arguments are exchanged, parameters are written.
 local function argument(arguments, k)
   local x = arguments[k]:detach():requires_grad_()
   return { name = "input " .. k, tensor = x, values = values_of(x), put = function(t) arguments[k] = t end }
@@ -51,10 +51,10 @@ local function variables_of(arguments, parameters)
   return list
 end
 
--- With the values changed, as a tensor; without, as it was.
+-- Lets f see these values, or those that were there at first.
 local function put_values(v, values)
   local x = v.tensor
-  v.put(core.tensor(values, { dtype = x.dtype, device = x.device }):reshape(x.shape))
+  v.put(core.tensor(values or v.values, { dtype = x.dtype, device = x.device }):reshape(x.shape))
 end
 
 -- ---- results ----
@@ -102,16 +102,14 @@ local function rounded(value, dtype)
   return dtype == "float32" and string.unpack("f", string.pack("f", value)) or value
 end
 
--- What f gives without a graph where element `at` is moved, and by how much it was.
+-- What f gives without a graph where element `at` is moved, and where to.
 local function moved(call, v, at, step)
-  local old = v.values[at]
-  v.values[at] = rounded(old + step, v.tensor.dtype)
-  put_values(v, v.values)
+  local values = table.move(v.values, 1, #v.values, 1, {})
+  values[at] = rounded(values[at] + step, v.tensor.dtype)
+  put_values(v, values)
   local lists = {}
   for k, y in ipairs(core.no_grad(call)) do lists[k] = values_of(y) end
-  local new = v.values[at]
-  v.values[at] = old
-  return lists, new
+  return lists, values[at]
 end
 
 -- The derivative of each result's weighed sum.
@@ -160,7 +158,7 @@ end
 local function check_repetition(call, ys, variables, o)
   local tolerance = 0
   for _, v in ipairs(variables) do
-    put_values(v, v.values)
+    put_values(v)
     tolerance = math.max(tolerance, o.tolerance or STEPS[v.tensor.dtype].tolerance)
   end
   local again = core.no_grad(call)
@@ -187,7 +185,7 @@ local function check(call, variables, o)
     local gradients = {}
     for k = 1, #ys do gradients[k] = by_result[k][n] end
     wrong = wrong or check_variable(call, v, gradients, o)
-    v.put(v.tensor)
+    put_values(v)
   end
   return wrong
 end
@@ -220,7 +218,7 @@ local function gradcheck(f, inputs, given)
   local variables, rng = variables_of(arguments, o.parameters), core.rng_state()
   local function call() return results_of(f, arguments, rng) end
   local ok, wrong = pcall(check, call, variables, o)
-  for _, v in ipairs(variables) do put_values(v, v.values) end
+  for _, v in ipairs(variables) do put_values(v) end
   core.set_rng_state(rng)
   if not ok then error(wrong, 0) end
   return wrong == nil, wrong
