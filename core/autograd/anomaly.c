@@ -116,6 +116,28 @@ static void describe(char *text, size_t size, const orepa_tensor *t, const wrong
 
 enum { DESCRIPTION = 200 };
 
+/* Whether the op only brings numbers to another place: what is made of numbers that were wrong before says more. */
+static bool only_moves(const char *op) {
+  static const char *const names[] = {"to", "autocast", "clone", "reshape", "permute", "slice", "select", "expand"};
+  for (size_t k = 0; k < sizeof names / sizeof *names; k++)
+    if (!strcmp(op, names[k]))
+      return true;
+  return false;
+}
+
+/* The first input that was wrong before; -1: none, -2 with a message if it can't be known. */
+static int wrong_input(orepa_tensor *y, int count, orepa_tensor *const *inputs, bool moves, wrong_elements *w) {
+  for (int k = 0; k < count; k++) {
+    if (!inputs[k] || (inputs[k]->storage == y->storage && !moves)) /* written over */
+      continue;
+    if (look(inputs[k], w))
+      return -2;
+    if (w->count)
+      return k;
+  }
+  return -1;
+}
+
 int anomaly_look_at_result(const char *op, orepa_tensor *y, int count, orepa_tensor *const *inputs) {
   wrong_elements w, before;
   char text[DESCRIPTION], given[DESCRIPTION];
@@ -125,17 +147,14 @@ int anomaly_look_at_result(const char *op, orepa_tensor *y, int count, orepa_ten
     return -1;
   if (!w.count)
     return 0;
+  int k = wrong_input(y, count, inputs, only_moves(op), &before);
+  if (k < -1 || (k >= 0 && only_moves(op)))
+    return k < -1 ? -1 : 0;
   describe(text, sizeof text, y, &w);
-  for (int k = 0; k < count; k++) {
-    if (!inputs[k] || inputs[k]->storage == y->storage) /* written over, or a view */
-      continue;
-    if (look(inputs[k], &before))
-      return -1;
-    describe(given, sizeof given, inputs[k], &before);
-    if (before.count)
-      return error_set("detect_anomaly: '%s' gives %s; its input %d was not finite before: %s", op, text, k + 1, given);
-  }
-  return error_set("detect_anomaly: '%s' gives %s", op, text);
+  if (k < 0)
+    return error_set("detect_anomaly: '%s' gives %s", op, text);
+  describe(given, sizeof given, inputs[k], &before);
+  return error_set("detect_anomaly: '%s' gives %s; its input %d was not finite before: %s", op, text, k + 1, given);
 }
 
 int anomaly_look_at_gradient(orepa_tensor *g, const char *what, const char *op) {

@@ -62,10 +62,13 @@ static void test_what_came_in_is_told_apart(void **unused) {
   assert_no_tensor(orepa_add(y, x),
                    "'add' gives inf at {2} of float32 3, and 1 more; its input 2 was not finite before: "
                    "inf at {2} of float32 3, and 1 more");
-  assert_no_tensor(orepa_clone(x), "'clone' gives inf");
+  orepa_tensor *copy = must(orepa_clone(x)), *part = must(orepa_slice(x, 0, 1, 3, 1)), *wide;
+  orepa_tensor *large = must(orepa_full(OREPA_FLOAT64, CPU, SHAPE(2), 1e300));
+  wide = must(orepa_to(x, OREPA_FLOAT64, CPU)); /* what only moves numbers made none */
+  assert_no_tensor(orepa_to(large, OREPA_FLOAT32, CPU), "'to' gives inf at {1} of float32 2, and 1 more");
   orepa_tensor *chosen = must(orepa_apply(FUNCTION_where, (orepa_operand[]){OPERAND(flags), OPERAND(x), OPERAND(y)}));
   assert_values(chosen, 1, 2, 3); /* what is left out does no harm */
-  RELEASE(x, y, flags, chosen);
+  RELEASE(x, y, flags, chosen, copy, part, wide, large);
 }
 
 static void test_nan_alone(void **unused) {
