@@ -101,8 +101,9 @@ static const bind_row tensor_methods[] = {
      "gradient is added to t.grad. f must not change its argument in place, and runs on the Lua state that called "
      "backward; an error in it ends the pass. It belongs to the graph: after t was changed in place it still gets the "
      "gradient of what t was.\n"
-     "> local x = orepa.ones(2):requires_grad_(); x:register_hook(function(g) return g:clamp(-1, 1) end)\n"
-     "> (x * 3):sum():backward(); return x.grad"},
+     "> local x = orepa.ones(2):requires_grad_()\n"
+     "> x:register_hook(function(g) return g:clamp(-1, 1) end)\n"
+     "> local loss = (x * 3):sum(); loss:backward(); return x.grad"},
     {"retain_grad", l_retain_grad,
      "t:retain_grad() -> t\nLets backward add the gradient of t to t.grad also if an op made t, as it does for leaves; "
      "what hooks made of it counts.\n"

@@ -129,6 +129,23 @@ describe("orepa.grad", function()
     assert.same({ 2, 4 }, found[2]:tolist())
   end)
 
+  it("may be asked inside a pass, also for what the outer one goes through", function()
+    local x, inner = orepa.tensor({ 1, 2 }):requires_grad_(), nil
+    local h = x * x
+    local side = (h * x):sum()
+    local y = h * 2
+    y:register_hook(function()
+      inner = orepa.grad(side, { x, h }, { retain_graph = true })
+    end)
+    x:register_hook(function(g) return g + 1 end)
+    local found = orepa.grad(y:sum() + h:sum(), { x, h })
+    assert.same({ 4, 13 }, inner[1]:tolist())
+    assert.same({ 1, 2 }, inner[2]:tolist())
+    assert.same({ 7, 13 }, found[1]:tolist())
+    assert.same({ 3, 3 }, found[2]:tolist())
+    assert.is_nil(x.grad)
+  end)
+
   it("reaches parameters in several devices' types", function()
     local w = orepa.ones({ 2 }, { dtype = "bfloat16" }):requires_grad_()
     local y = (w:to("float32") * orepa.tensor { 3, 4 }):sum()
