@@ -180,6 +180,7 @@ static void test_removed_hooks_are_not_called(void **unused) {
   hook d = {.name = 4, .removes = third};
   orepa_hook *fourth = orepa_register_hook(x, &kind, &d);
   orepa_hook_remove(third);
+  orepa_hook_release(third);
   third = orepa_register_hook(x, &kind, &c);
   d.removes = third; /* one that comes behind it */
   done(orepa_backward(y, NULL, false));
