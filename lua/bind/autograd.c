@@ -5,7 +5,6 @@
 #include "bind.h"
 
 #define BIND_GUARD "orepa.Guard"
-#define BIND_GIVEN_UP "orepa.GivenUp"
 
 /* ---- callbacks ---- */
 
@@ -44,12 +43,6 @@ void bind_give_up_now(lua_State *L) {
     luaL_unref(L, LUA_REGISTRYINDEX, r->reference);
     free(r);
   }
-}
-
-/* At the end of the Lua state, behind all other objects, what these gave up last. */
-static int close_given_up(lua_State *L) {
-  bind_give_up_now(L);
-  return 0;
 }
 
 /* Before a pass: makes room for what a callback raises. What dead handles hold, the pass could not free on its way. */
@@ -384,10 +377,6 @@ static const bind_row methods[] = {
 void bind_autograd_family(lua_State *L) {
   bind_register(L, "orepa.", functions);
   bind_end_with(L, BIND_GUARD, "__close", close_guard);
-  bind_end_with(L, BIND_GIVEN_UP, "__gc", close_given_up);
-  lua_newuserdatauv(L, 0, 0); /* made before all other objects, so its end is the last */
-  luaL_setmetatable(L, BIND_GIVEN_UP);
-  luaL_ref(L, LUA_REGISTRYINDEX);
   bind_push_methods(L);
   bind_register(L, "t:", methods);
   lua_pop(L, 1);
