@@ -154,6 +154,31 @@ static void test_what_was_used_is_freed_and_the_rest_is_not(void **unused) {
   RELEASE(a, h, y, z, dh, da, later, again);
 }
 
+static int count_call(void *payload, orepa_tensor *g, orepa_tensor **instead) {
+  (void)g, (void)instead;
+  ++*(int *)payload;
+  return 0;
+}
+
+/* Also where an op gives gradients that nobody asked for. */
+static void test_hooks_of_what_is_not_asked_for_are_not_called(void **unused) {
+  (void)unused;
+  static const orepa_hook_kind kind = {count_call, NULL};
+  int calls = 0;
+  orepa_tensor *a = wanting(numbered(CPU, SHAPE(2), 1)), *b = wanting(full(CPU, SHAPE(2), 1));
+  orepa_tensor *below = must(orepa_mul(b, b)), *first = probe(a, below), *h = probe(first, b), *y = sum_of(h);
+  orepa_tensor *hooked[] = {b, below};
+  for (int k = 0; k < 2; k++)
+    orepa_hook_release(orepa_register_hook(hooked[k], &kind, &calls));
+  done(orepa_retain_grad(below));
+  orepa_tensor *da = gradient(y, a, true);
+  assert_values(da, 1, 1);
+  assert_true(calls == 0 && !orepa_grad(below) && !orepa_grad(b));
+  orepa_release(gradient(y, b, true));
+  assert_int_equal(calls, 2); /* on the way, and there */
+  RELEASE(a, b, below, first, h, y, da);
+}
+
 /* ---- a long chain: no recursion, and a table that grows ---- */
 
 static void test_a_long_chain(void **unused) {
@@ -265,6 +290,7 @@ int main(void) {
       TEST(test_several_results_and_where_they_start),
       TEST(test_one_without_a_part_in_it),
       TEST(test_only_what_leads_there_is_computed),
+      TEST(test_hooks_of_what_is_not_asked_for_are_not_called),
       TEST(test_what_was_used_is_freed_and_the_rest_is_not),
       TEST(test_a_long_chain),
       TEST(test_through_checkpoints),
