@@ -250,6 +250,7 @@ static void test_passes_inside_hooks(void **unused) {
   put(x, &looks);
   done(orepa_backward(z, NULL, true));
   assert_values(orepa_grad(x), 3 + 2 + 3, 12 + 4 + 12);
+  assert_int_equal(seen.calls, 1 + 2 + 2); /* at y; at cube and at x once in each pass */
   RELEASE(x, h, y, cube, side, z);
 }
 
