@@ -8,6 +8,8 @@ local sections = {
   { "orepa", "Tensors and the engine", "`orepa.zeros` makes a tensor; a first argument that is a list is its shape." },
   { "t", "Methods of tensors",
     "`t` is a tensor; names that end in `_` change it in place. Dimensions and positions count from 1." },
+  { "hook", "Methods of hooks", "What `t:register_hook` gives." },
+  { "ctx", "Methods of contexts", "What the functions of an `orepa.Function` get first." },
   { "F", "Functions of layers", "`orepa.F`" },
   { "nn", "Layers and blocks", "`orepa.nn`" },
   { "m", "Methods of modules", "`m` is a module." },

@@ -1,6 +1,6 @@
 /* autograd.c: recording and freeing, and what users ask of the graph; backward.c goes through it. Freeing is a loop: a
  * graph of a million nodes needs no stack. */
-#include "autograd/autograd.h"
+#include "autograd/pass.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -60,6 +60,7 @@ autograd_node *autograd_new(const autograd_op *op, orepa_tensor *const *inputs, 
   node->slots = slots;
   node->saved = (autograd_saved *)(block + node_bytes + edge_bytes);
   node->payload = block + node_bytes + edge_bytes + saved_bytes;
+  node->place = anomaly_place();
   for (int k = 0; k < count; k++) {
     if (!inputs[k] || !inputs[k]->requires_grad)
       continue;
@@ -89,9 +90,15 @@ autograd_node *autograd_set_stand_in(autograd_node *node) {
   return was;
 }
 
+autograd_node *autograd_stand_in(void) {
+  return stand_in;
+}
+
 int autograd_record(const autograd_op *op, orepa_tensor *y, orepa_tensor *const *inputs, int count, int slots,
                     size_t payload_bytes, autograd_node **result) {
   *result = NULL;
+  if (anomaly_check_result(op->name, y, count, inputs))
+    return -1;
   if (!autograd_wanted(inputs, count))
     return 0;
   if (stand_in) {
@@ -114,6 +121,8 @@ void autograd_save(autograd_node *node, int slot, orepa_tensor *t) {
   saved->tensor = *t;
   saved->tensor.node = NULL;
   saved->tensor.grad = NULL;
+  saved->tensor.hooks = NULL;
+  saved->tensor.retains_grad = false;
   saved->tensor.requires_grad = false;
   atomic_init(&saved->tensor.references, 1); /* the node's own: an op that retains the handle gives it back */
   atomic_fetch_add_explicit(&t->storage->references, 1, memory_order_relaxed);
@@ -135,7 +144,10 @@ orepa_tensor *autograd_saved_tensor(autograd_node *node, int slot) {
 }
 
 bool autograd_needs(const autograd_node *node, int input) {
-  return node->edges[input].node || node->edges[input].leaf;
+  const autograd_edge *edge = &node->edges[input];
+  if (!edge->node && !edge->leaf)
+    return false;
+  return !node->busy || autograd_is_asked(edge);
 }
 
 /* ---- freeing ---- */
@@ -154,6 +166,7 @@ static void node_empty(autograd_node *node, autograd_node **list) {
   for (int k = 0; k < node->slots; k++)
     if (node->saved[k].tensor.storage)
       tensor_drop_storage(&node->saved[k].tensor);
+  autograd_drop_hooks(&node->hooks);
   if (node->op->dispose && !node->used)
     node->op->dispose(node->payload);
   node->used = true;
@@ -164,6 +177,7 @@ static void free_list(autograd_node *list) {
     autograd_node *node = list;
     list = node->next;
     node_empty(node, &list);
+    free(node->place);
     free(node);
   }
 }
@@ -237,6 +251,8 @@ int autograd_check_in_place(const char *op, orepa_tensor *t, bool recorded) {
 
 void autograd_rebase(orepa_tensor *t, orepa_tensor *made) {
   autograd_node *old = t->node;
+  if (t->retains_grad)
+    autograd_move_retained(t, made->node, made->output);
   t->node = made->node;
   t->output = made->output;
   t->requires_grad = made->requires_grad;

@@ -32,7 +32,7 @@ typedef struct {
   orepa_tensor *leaf;
 } autograd_edge;
 
-typedef struct autograd_arrival autograd_arrival; /* gradients on their way, of one pass */
+typedef struct autograd_arrival autograd_arrival; /* gradients on their way, of one pass: pass.h */
 
 struct autograd_node {
   const autograd_op *op;
@@ -48,9 +48,12 @@ struct autograd_node {
   int (*backward_all)(autograd_node *node, orepa_tensor *const *dys, orepa_tensor **dx);
   autograd_arrival *arriving; /* while a backward pass is under way, of the innermost one that came here */
   autograd_node *next;        /* in the list of nodes being freed */
+  orepa_hook *hooks;          /* on its outputs */
+  char *place;                /* where in the user's program it was made; NULL: nobody asked */
   bool used;                  /* by a backward pass that freed it */
   bool busy;                  /* its backward is running */
-  bool takes_sums; /* its backward makes good use of a gradient that is promised to be a sum; the op says so */
+  bool takes_sums;    /* its backward makes good use of a gradient that is promised to be a sum; the op says so */
+  bool leads_further; /* its backward goes on into a graph that its edges don't show; the op says so */
   void *payload;
 };
 
@@ -72,6 +75,7 @@ void autograd_attach(autograd_node *node, int output, orepa_tensor *y);
 void autograd_save(autograd_node *node, int slot, orepa_tensor *t);
 /* Borrowed; NULL and a message if it was changed since. (A slot that holds nothing gives NULL too, without one.) */
 orepa_tensor *autograd_saved_tensor(autograd_node *node, int slot);
+/* In backward: whether the pass that is under way asks for it. */
 bool autograd_needs(const autograd_node *node, int input);
 
 /* In-place ops: may `t` be written by `op`, given whether the result is recorded? 0, or -1 with a message. */
@@ -84,11 +88,22 @@ void autograd_node_release(autograd_node *node);
 /* Gives up all that the node holds: a pass came through. */
 void autograd_node_use_up(autograd_node *node);
 
+/* ---- hooks.c */
+/* Calls the hooks of an output in the order in which they came; *g, a reference, is exchanged for what they give. Then
+ * a tensor that retains its gradient gets it. */
+int autograd_run_hooks(orepa_hook **hooks, int output, orepa_tensor **g);
+void autograd_drop_hooks(orepa_hook **hooks);
+/* t is freed. */
+void autograd_retain_no_more(orepa_tensor *t);
+/* t, which retains its gradient, is about to be output `output` of another node (NULL: a leaf). */
+void autograd_move_retained(orepa_tensor *t, autograd_node *node, int output);
+
 /* For a backward function: lets the gradient dy of y go on into y's graph, in the pass that is under way. */
 int autograd_continue(orepa_tensor *y, orepa_tensor *dy);
 
 /* Ops that would be recorded are not while there is a stand-in: results that require a gradient get it as their node
  * instead of one of their own. Everything else is as if they were. NULL: ops are recorded. Gives back what was. */
 autograd_node *autograd_set_stand_in(autograd_node *node);
+autograd_node *autograd_stand_in(void);
 
 #endif

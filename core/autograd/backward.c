@@ -2,31 +2,8 @@
  * everything it points to, so each is visited once, when all of its gradient has arrived. */
 #include <stdlib.h>
 
-#include "autograd/autograd.h"
-#include "elementwise.h"
-#include "ops/gradient_promise.h"
+#include "autograd/pass.h"
 #include "orepa_trace.h"
-
-/* ---- what is under way ----
- *
- * A backward function may start another pass (a callback of the user's does what it likes), which may come to nodes
- * where gradients of the outer one wait. So what arrives at a node belongs to a pass, and the node holds that of the
- * innermost. */
-
-typedef struct backward_pass backward_pass;
-
-struct autograd_arrival {
-  const backward_pass *pass;
-  autograd_node *node;       /* a reference */
-  autograd_arrival *outer;   /* of an outer pass */
-  orepa_tensor *gradients[]; /* one for each of the node's outputs */
-};
-
-struct backward_pass {
-  autograd_arrival **heap; /* the youngest node's is the first */
-  size_t count, capacity;
-  bool retain_graph;
-};
 
 static _Thread_local backward_pass *running;
 
@@ -95,102 +72,81 @@ static void arrival_free(autograd_arrival *a) {
   free(a);
 }
 
-/* ---- sums ---- */
+/* ---- gradients arrive ---- */
 
-/* Whether the pass may add into this tensor: nobody else sees its memory, and it is plain. */
-static bool is_own(orepa_tensor *t) {
-  return atomic_load(&t->references) == 1 && atomic_load(&t->storage->references) == 1 && orepa_is_contiguous(t);
-}
-
-/* *sum += g, taking g's reference; it may wait until the sum is read. */
-static int accumulate(orepa_tensor **sum, orepa_tensor *g, bool may_wait) {
-  if (!*sum) {
-    *sum = g;
-    return 0;
-  }
-  orepa_tensor *waiting = NULL;
-  if (may_wait && gradient_promise_sum(*sum, g, &waiting)) {
-    orepa_release(g);
-    return -1;
-  }
-  if (waiting) {
-    orepa_release(*sum);
-    orepa_release(g);
-    *sum = waiting;
-    return 0;
-  }
-  if (is_own(*sum)) {
-    orepa_operand operands[2] = {{.tensor = *sum}, {.tensor = g}};
-    int failed = orepa_apply_in_place(FUNCTION_add, operands);
-    orepa_release(g);
-    return failed;
-  }
-  orepa_tensor *total = is_own(g) ? g : NULL;
-  if (total) {
-    orepa_operand operands[2] = {{.tensor = g}, {.tensor = *sum}};
-    if (orepa_apply_in_place(FUNCTION_add, operands)) {
-      orepa_release(g);
-      return -1;
-    }
-  } else {
-    total = orepa_add(*sum, g);
-    orepa_release(g);
-    if (!total)
-      return -1;
-  }
-  orepa_release(*sum);
-  *sum = total;
-  return 0;
-}
-
-/* A leaf's gradient is contiguous, in the leaf's type, and its own memory. */
-static int accumulate_leaf(orepa_tensor *leaf, orepa_tensor *g) {
-  if (g->dtype != leaf->dtype || g->storage->device != leaf->storage->device) { /* it may have moved since */
-    orepa_tensor *converted = orepa_to(g, leaf->dtype, leaf->storage->device);
-    orepa_release(g);
-    if (!converted)
-      return -1;
-    g = converted;
-  }
-  if (!leaf->grad && !is_own(g)) {
-    orepa_tensor *own = orepa_clone(g);
-    orepa_release(g);
-    if (!own)
-      return -1;
-    g = own;
-  }
-  if (!leaf->grad) {
-    int failed = tensor_materialize(g);
-    if (failed)
-      orepa_release(g);
-    else
-      leaf->grad = g;
-    return failed;
-  }
-  orepa_operand operands[2] = {{.tensor = leaf->grad}, {.tensor = g}};
-  int failed = orepa_apply_in_place(FUNCTION_add, operands);
-  orepa_release(g);
-  return failed;
-}
-
-/* ---- the pass ---- */
-
-/* A gradient reaches an output of a node; takes g's reference. */
+/* At an output of a node; takes g's reference. */
 static int deliver(backward_pass *pass, autograd_node *node, int output, orepa_tensor *g) {
   autograd_arrival *a = node->arriving;
   if ((!a || a->pass != pass) && !(a = arrival_new(pass, node))) {
     orepa_release(g);
     return -1;
   }
-  return accumulate(&a->gradients[output], g, node->takes_sums);
+  return gradient_accumulate(&a->gradients[output], g, node->takes_sums);
+}
+
+static leaf_arrival *leaf_arrival_new(backward_pass *pass, orepa_tensor *leaf) {
+  leaf_arrival *a = calloc(1, sizeof *a);
+  if (!a) {
+    error_out_of_memory("backward: out of memory: no room for the gradient of a leaf (%s)", tensor_text(leaf));
+    return NULL;
+  }
+  *a = (leaf_arrival){.pass = pass, .leaf = orepa_retain(leaf), .outer = leaf->arriving};
+  *pass->last_leaf = a;
+  pass->last_leaf = &a->next;
+  return leaf->arriving = a;
+}
+
+/* At a leaf; takes g's reference. One with hooks, or that is asked for, has it held back until it is whole. */
+static int deliver_to_leaf(backward_pass *pass, orepa_tensor *leaf, orepa_tensor *given) {
+  leaf_arrival *a = leaf->arriving;
+  bool held_back = pass->selection || leaf->hooks || (a && a->pass == pass);
+  if (!held_back)
+    return gradient_into(leaf, given);
+  orepa_tensor *g = gradient_of_kind(leaf, given);
+  if (!g)
+    return -1;
+  if ((!a || a->pass != pass) && !(a = leaf_arrival_new(pass, leaf))) {
+    orepa_release(g);
+    return -1;
+  }
+  return gradient_accumulate(&a->sum, g, false);
+}
+
+bool autograd_is_asked(const autograd_edge *edge) {
+  const selection *s = running ? running->selection : NULL;
+  if (!s)
+    return true;
+  return edge->leaf ? selection_takes_leaf(s, edge->leaf)
+                    : selection_takes(s, edge->node) || selection_leads(s, edge->node);
+}
+
+/* Along an edge, if there is any and anybody asks; takes g's reference. */
+static int deliver_along(backward_pass *pass, const autograd_edge *edge, orepa_tensor *g) {
+  if ((edge->node || edge->leaf) && autograd_is_asked(edge))
+    return edge->leaf ? deliver_to_leaf(pass, edge->leaf, g) : deliver(pass, edge->node, edge->output, g);
+  orepa_release(g);
+  return 0;
+}
+
+static autograd_edge edge_to(orepa_tensor *y) {
+  return y->node ? (autograd_edge){y->node, y->output, NULL} : (autograd_edge){NULL, 0, y};
+}
+
+/* Into the graph of y; takes g's reference. */
+static int start_from(backward_pass *pass, orepa_tensor *y, orepa_tensor *g) {
+  const autograd_edge edge = edge_to(y);
+  if (pass->selection && y->node && selection_look(pass->selection, y->node)) {
+    orepa_release(g);
+    return -1;
+  }
+  return deliver_along(pass, &edge, g);
 }
 
 int autograd_continue(orepa_tensor *y, orepa_tensor *dy) {
-  if (!y->requires_grad)
-    return 0;
-  orepa_retain(dy);
-  return y->node ? deliver(running, y->node, y->output, dy) : accumulate_leaf(y, dy);
+  return y->requires_grad ? start_from(running, y, orepa_retain(dy)) : 0;
 }
+
+/* ---- a node ---- */
 
 static atomic_bool interrupted;
 
@@ -211,12 +167,37 @@ static int call_backward(autograd_node *node, const autograd_arrival *a, orepa_t
   int failed =
       node->backward_all ? node->backward_all(node, a->gradients, dx) : node->op->backward(node, a->gradients[0], dx);
   node->busy = false;
-  return failed;
+  return failed || anomaly_check_gradients(node, dx) ? -1 : 0;
+}
+
+/* The gradients are whole: hooks are called, and may exchange them. */
+static int complete(autograd_arrival *a) {
+  autograd_node *node = a->node;
+  for (int k = 0; k < node->outputs; k++) {
+    if (!a->gradients[k])
+      continue;
+    if (anomaly_check_gradient(a->gradients[k], "a sum of gradients, or what backward began with, at the result of",
+                               node->op->name))
+      return -1;
+    if (node->hooks && autograd_run_hooks(&node->hooks, k, &a->gradients[k]))
+      return -1;
+  }
+  return 0;
+}
+
+/* Those that are asked for. */
+static void take_gradients(const selection *s, const autograd_arrival *a, orepa_tensor **dxs) {
+  for (int k = 0; k < selection_count(s); k++) {
+    const autograd_edge *at = selection_at(s, k);
+    if (at->node == a->node && a->gradients[at->output])
+      dxs[k] = orepa_retain(a->gradients[at->output]);
+  }
 }
 
 enum { FEW_INPUTS = 8 };
 
-static int visit(backward_pass *pass, autograd_arrival *a) {
+/* The node's inputs get theirs. */
+static int go_on(backward_pass *pass, autograd_arrival *a) {
   autograd_node *node = a->node;
   orepa_tensor *few[FEW_INPUTS] = {NULL}, **dx = few;
   if (node->inputs > FEW_INPUTS && !(dx = calloc((size_t)node->inputs, sizeof *dx)))
@@ -225,58 +206,155 @@ static int visit(backward_pass *pass, autograd_arrival *a) {
   int failed = call_backward(node, a, dx);
   release_gradients(a);
   for (int k = 0; k < node->inputs; k++) {
-    autograd_edge *edge = &node->edges[k];
     if (!dx[k])
       continue;
-    if (failed || (!edge->node && !edge->leaf))
+    if (failed)
       orepa_release(dx[k]);
     else
-      failed = edge->leaf ? accumulate_leaf(edge->leaf, dx[k]) : deliver(pass, edge->node, edge->output, dx[k]);
+      failed = deliver_along(pass, &node->edges[k], dx[k]);
   }
   orepa_event_close(event, 0);
   if (dx != few)
     free(dx);
-  if (!pass->retain_graph && !node->busy)
-    autograd_node_use_up(node);
   return failed ? -1 : 0;
 }
 
-static int check_seed(orepa_tensor *y, orepa_tensor *dy) {
+static int visit(backward_pass *pass, autograd_arrival *a, orepa_tensor **dxs) {
+  const selection *s = pass->selection;
+  int failed = complete(a);
+  if (!failed && s && selection_takes(s, a->node))
+    take_gradients(s, a, dxs);
+  if (s && !selection_leads(s, a->node))
+    return failed;
+  failed = failed || go_on(pass, a);
+  if (!pass->retain_graph && !a->node->busy)
+    autograd_node_use_up(a->node);
+  return failed ? -1 : 0;
+}
+
+/* ---- the pass ---- */
+
+static void go_through(backward_pass *pass, int *failed, orepa_tensor **dxs) {
+  while (pass->count) {
+    autograd_arrival *a = heap_pop(pass);
+    a->node->arriving = a->outer;
+    if (!*failed) /* a pass that failed leaves no gradients behind */
+      *failed = visit(pass, a, dxs);
+    arrival_free(a);
+  }
+}
+
+static int finish_leaf(const backward_pass *pass, leaf_arrival *a, orepa_tensor **dxs) {
+  const selection *s = pass->selection;
+  if (anomaly_check_gradient(a->sum, "the gradient of a", "leaf") || autograd_run_hooks(&a->leaf->hooks, 0, &a->sum))
+    return -1;
+  for (int k = 0; s && k < selection_count(s); k++)
+    if (selection_at(s, k)->leaf == a->leaf)
+      dxs[k] = orepa_retain(a->sum);
+  if (s)
+    return 0;
+  orepa_tensor *g = a->sum;
+  a->sum = NULL;
+  return gradient_into(a->leaf, g);
+}
+
+static void finish_leaves(backward_pass *pass, int *failed, orepa_tensor **dxs) {
+  while (pass->leaves) {
+    leaf_arrival *a = pass->leaves;
+    pass->leaves = a->next;
+    a->leaf->arriving = a->outer;
+    if (!*failed && a->sum)
+      *failed = finish_leaf(pass, a, dxs);
+    orepa_release(a->sum);
+    orepa_release(a->leaf);
+    free(a);
+  }
+}
+
+static int check_seed(const char *what, orepa_tensor *y, orepa_tensor *dy) {
   if (!y->requires_grad)
-    return error_set("backward: nothing that this tensor (%s) was computed from requires a gradient", tensor_text(y));
+    return error_set("%s: nothing that this tensor (%s) was computed from requires a gradient", what, tensor_text(y));
   if (!dy) {
     if (orepa_count(y) != 1)
-      return error_set("backward: a tensor of %s needs the gradient to start from; only a single number does without",
+      return error_set("%s: a tensor of %s needs the gradient to start from; only a single number does without", what,
                        shape_text(y->rank, y->shape));
     return 0;
   }
   if (!shape_equal(y, dy) || y->dtype != dy->dtype || y->storage->device != dy->storage->device)
-    return error_set("backward: the gradient is %s on '%s', the tensor %s on '%s'", tensor_text(dy),
+    return error_set("%s: the gradient is %s on '%s', the tensor %s on '%s'", what, tensor_text(dy),
                      dy->storage->device->name, tensor_text(y), y->storage->device->name);
   return 0;
 }
 
-int orepa_backward(orepa_tensor *y, orepa_tensor *dy, bool retain_graph) {
-  if (check_seed(y, dy))
-    return -1;
-  bool was = orepa_set_grad_enabled(false);
-  orepa_tensor *seed = dy ? orepa_detach(dy) : orepa_full(y->dtype, y->storage->device, y->rank, y->shape, 1);
-  int failed = seed ? 0 : -1;
-  backward_pass pass = {.retain_graph = retain_graph}, *outer = running;
+static int seed(backward_pass *pass, orepa_tensor *y, orepa_tensor *dy) {
+  orepa_tensor *g = dy ? orepa_detach(dy) : orepa_full(y->dtype, y->storage->device, y->rank, y->shape, 1);
+  return g ? start_from(pass, y, g) : -1;
+}
+
+/* From `count` tensors; dys, and any of them, may be NULL. dxs are those of the selection, if there is one. */
+static int run_pass(backward_pass *pass, int count, orepa_tensor *const *ys, orepa_tensor *const *dys,
+                    orepa_tensor **dxs) {
+  bool was = orepa_set_grad_enabled(false), was_quiet = anomaly_set_quiet(true);
+  backward_pass *outer = running;
   int64_t event = orepa_event_open(OREPA_EVENT_OP, "backward", 0);
-  running = &pass;
-  if (!failed)
-    failed = y->node ? deliver(&pass, y->node, y->output, seed) : accumulate_leaf(y, seed);
-  while (pass.count) {
-    autograd_arrival *a = heap_pop(&pass);
-    a->node->arriving = a->outer;
-    if (!failed) /* a pass that failed leaves no gradients behind */
-      failed = visit(&pass, a);
-    arrival_free(a);
-  }
+  int failed = 0;
+  pass->last_leaf = &pass->leaves;
+  running = pass;
+  for (int k = 0; k < count && !failed; k++)
+    failed = seed(pass, ys[k], dys ? dys[k] : NULL);
+  go_through(pass, &failed, dxs);
+  finish_leaves(pass, &failed, dxs);
   orepa_event_close(event, 0);
-  free(pass.heap);
+  free(pass->heap);
   running = outer;
+  anomaly_set_quiet(was_quiet);
   orepa_set_grad_enabled(was);
   return failed;
+}
+
+int orepa_backward(orepa_tensor *y, orepa_tensor *dy, bool retain_graph) {
+  if (check_seed("backward", y, dy))
+    return -1;
+  backward_pass pass = {.retain_graph = retain_graph};
+  return run_pass(&pass, 1, &y, &dy, NULL);
+}
+
+static int check_gradients(int count, orepa_tensor *const *ys, orepa_tensor *const *dys, int wanted,
+                           orepa_tensor *const *xs) {
+  for (int k = 0; k < count; k++)
+    if (check_seed("grad", ys[k], dys ? dys[k] : NULL))
+      return -1;
+  for (int k = 0; k < wanted; k++)
+    if (!xs[k]->requires_grad)
+      return error_set("grad: tensor %d of those asked for (%s) requires no gradient", k + 1, tensor_text(xs[k]));
+  return 0;
+}
+
+/* What the pass found, as tensors that nobody else sees. */
+static int finish_gradients(int count, orepa_tensor *const *xs, orepa_tensor **dxs) {
+  bool was = orepa_set_grad_enabled(false), was_quiet = anomaly_set_quiet(true);
+  int failed = 0;
+  for (int k = 0; k < count && !failed; k++)
+    if (dxs[k])
+      failed = !(dxs[k] = gradient_of_its_own(xs[k], dxs[k]));
+  anomaly_set_quiet(was_quiet);
+  orepa_set_grad_enabled(was);
+  return failed;
+}
+
+int orepa_gradients(int count, orepa_tensor *const *ys, orepa_tensor *const *dys, int wanted, orepa_tensor *const *xs,
+                    bool retain_graph, orepa_tensor **dxs) {
+  for (int k = 0; k < wanted; k++)
+    dxs[k] = NULL;
+  if (check_gradients(count, ys, dys, wanted, xs))
+    return -1;
+  backward_pass pass = {.retain_graph = retain_graph, .selection = selection_new(wanted, xs)};
+  int failed = !pass.selection || run_pass(&pass, count, ys, dys, dxs);
+  selection_free(pass.selection);
+  failed = failed || finish_gradients(wanted, xs, dxs);
+  for (int k = 0; k < wanted && failed; k++) {
+    orepa_release(dxs[k]);
+    dxs[k] = NULL;
+  }
+  return failed ? -1 : 0;
 }

@@ -7,6 +7,7 @@
  * ops do what they do while a graph is recorded. */
 #include <stdlib.h>
 
+#include "autograd/anomaly.h"
 #include "autograd/autograd.h"
 
 /* ---- computing again ---- */
@@ -46,6 +47,7 @@ static int recompute(const checkpoint_payload *p, int inputs, orepa_tensor *cons
   orepa_dtype autocast = orepa_autocast();
   bool was_enabled = orepa_set_grad_enabled(true), was_recomputing = recomputing;
   autograd_node *was = autograd_set_stand_in(NULL);
+  bool was_quiet = anomaly_set_quiet(false);
   recomputing = true;
   orepa_set_rng_state(p->rng);
   orepa_set_autocast(p->autocast);
@@ -53,6 +55,7 @@ static int recompute(const checkpoint_payload *p, int inputs, orepa_tensor *cons
   orepa_set_rng_state(rng);
   orepa_set_autocast(autocast);
   recomputing = was_recomputing;
+  anomaly_set_quiet(was_quiet);
   autograd_set_stand_in(was);
   orepa_set_grad_enabled(was_enabled);
   return failed;
@@ -127,6 +130,7 @@ orepa_checkpoint *orepa_checkpoint_begin(const orepa_recompute *again, void *pay
     return NULL;
   }
   c->node->backward_all = checkpoint_backward;
+  c->node->leads_further = true;
   *(checkpoint_payload *)c->node->payload = (checkpoint_payload){*again, payload, orepa_rng_state(), orepa_autocast()};
   for (int k = 0; k < count; k++)
     autograd_save(c->node, k, inputs[k]);
@@ -163,6 +167,8 @@ static orepa_tensor *result_of(orepa_checkpoint *c, int k, orepa_tensor *y) {
   orepa_tensor *result = own ? orepa_retain(y) : orepa_detach(y);
   orepa_set_grad_enabled(was);
   if (own) {
+    if (y->retains_grad)
+      autograd_move_retained(y, c->node, k);
     autograd_node_release(y->node);
     y->node = NULL;
   }

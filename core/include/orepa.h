@@ -174,6 +174,33 @@ OREPA_API int orepa_set_grad(orepa_tensor *t, orepa_tensor *grad);
 /* Adds the gradients of `y` to the leaves it was computed from. `dy` may be NULL for a single number. Frees the graph
  * on its way unless it is to be retained. */
 OREPA_API int orepa_backward(orepa_tensor *y, orepa_tensor *dy, bool retain_graph);
+/* The gradients of `count` tensors y, started from dys (which, or some of which, may be NULL for single numbers), with
+ * respect to the tensors x, leaves or not: new references in dxs, of memory of their own; NULL where no gradient comes.
+ * No leaf's own gradient changes, and nothing is computed that no x needs. */
+OREPA_API int orepa_gradients(int count, orepa_tensor *const *ys, orepa_tensor *const *dys, int wanted,
+                              orepa_tensor *const *xs, bool retain_graph, orepa_tensor **dxs);
+
+/* What is called with the gradient of a tensor when it is whole. */
+typedef struct {
+  /* Leaves *instead, or makes it a new reference to what counts from now on, of the same shape, type and device. The
+   * gradient itself must not be changed. The payload may be disposed of during the call. 0, or -1 with a message. */
+  int (*call)(void *payload, orepa_tensor *gradient, orepa_tensor **instead);
+  /* Frees the payload, when the hook is removed or the graph freed; may be NULL. */
+  void (*dispose)(void *payload);
+} orepa_hook_kind;
+
+typedef struct orepa_hook orepa_hook;
+
+/* Hooks of a tensor are called in the order in which they came, each with what the one before left. Those of a leaf are
+ * called at the end of the pass, before its gradient is added; in orepa_gradients those of tensors that it goes to. A
+ * hook stays where it is when the tensor is changed in place: it gets the gradient of what the tensor was. Takes over
+ * the payload, by a failure too. The hook is given back with orepa_hook_release, and goes on being called. */
+OREPA_API orepa_hook *orepa_register_hook(orepa_tensor *t, const orepa_hook_kind *kind, void *payload);
+OREPA_API void orepa_hook_remove(orepa_hook *hook); /* it is not called any more */
+OREPA_API void orepa_hook_release(orepa_hook *hook);
+/* Lets backward set orepa_grad of t, which an op computed, as it does for leaves; after all hooks. */
+OREPA_API int orepa_retain_grad(orepa_tensor *t);
+
 /* Whether ops of this thread record a graph; the second gives back what it was. */
 OREPA_API bool orepa_grad_enabled(void);
 OREPA_API bool orepa_set_grad_enabled(bool on);
@@ -190,6 +217,53 @@ OREPA_API int orepa_set_autocast(orepa_dtype dtype);
 /* Whether the device computes bfloat16 faster than float32. OREPA_BFLOAT16=1 in the environment says yes for every
  * device, 0 says no. */
 OREPA_API bool orepa_bfloat16_pays(const orepa_device *device);
+
+/* ---- ops from outside -------------------------------------------------------------------------------------------- */
+
+/* A call of the backward function of such an op. */
+typedef struct {
+  int saved, outputs, inputs;
+  orepa_tensor *const *kept; /* what was saved */
+  orepa_tensor *const *dys;  /* zeros where no gradient arrived; NULL for an output that has none */
+  const bool *needs;         /* which inputs' gradients are asked for */
+  orepa_tensor **dxs;        /* for new references; NULL is no gradient */
+} orepa_custom_call;
+
+typedef struct {
+  /* 0, or -1 with a message; what stands in dxs is released either way. */
+  int (*backward)(void *payload, const orepa_custom_call *call);
+  /* Frees the payload; when the graph is freed, on whatever occasion. */
+  void (*dispose)(void *payload);
+} orepa_custom;
+
+/* What the op computed, without a graph: ys of xs. An input may be NULL. */
+typedef struct {
+  const char *name; /* for messages; copied */
+  int inputs, saved, outputs;
+  orepa_tensor *const *xs, *const *kept, *const *ys;
+  const bool *constant; /* which outputs have no gradient, as integers have none; NULL: none of the others */
+} orepa_custom_forward;
+
+/* Makes a node for it, if a graph is recorded: new references to results of the same memory as ys, with that history.
+ * Takes over the payload, by a failure too. */
+OREPA_API int orepa_custom_results(const orepa_custom *custom, void *payload, const orepa_custom_forward *forward,
+                                   orepa_tensor **results);
+
+/* ---- anomalies --------------------------------------------------------------------------------------------------- */
+
+typedef enum {
+  OREPA_ANOMALY_OFF,
+  OREPA_ANOMALY_NAN,   /* NaN is one */
+  OREPA_ANOMALY_FINITE /* infinities too */
+} orepa_anomaly;
+
+/* Which numbers let an op of this thread fail when they come out of it, or out of its backward function. The second
+ * gives back what it was. */
+OREPA_API orepa_anomaly orepa_anomaly_wanted(void);
+OREPA_API orepa_anomaly orepa_set_anomaly(orepa_anomaly wanted);
+/* Where the user's program is ("net.lua:12"), for the message of a failure in backward; forgotten by orepa_set_anomaly.
+ * For callers who are asked by orepa_anomaly_wanted. */
+OREPA_API void orepa_set_place(const char *text);
 
 /* ---- checkpoints ------------------------------------------------------------------------------------------------- */
 

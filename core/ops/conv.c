@@ -2,6 +2,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "autograd/anomaly.h"
 #include "ops/norm_promise.h"
 
 /* ---- shape ---- */
@@ -295,7 +296,10 @@ orepa_tensor *orepa_conv2d_add(orepa_tensor *x, orepa_tensor *weight, orepa_tens
   bool fuses = valid && !autograd_wanted((orepa_tensor *[]){x, weight, bias, residual}, 4) &&
                (!residual || is_like_result(residual, cast[0], shape));
   if (fuses) {
-    y = conv2d_fused((orepa_tensor *[]){cast[0], cast[1], cast[2], residual}, relu, conv, shape);
+    orepa_tensor *all[] = {cast[0], cast[1], cast[2], residual};
+    y = conv2d_fused(all, relu, conv, shape);
+    if (y && anomaly_check_result("conv2d", y, 4, all))
+      y = tensor_fail(y);
   } else if (valid) {
     conv_payload payload = {*conv, op_gradient_type(weight, cast[1]), op_gradient_type(bias, cast[2])};
     y = conv2d_recorded(cast, &payload, shape);

@@ -1,4 +1,5 @@
 /* elementwise.c: every function of elementwise.h as an op: broadcasting, types, the call, the gradient. */
+#include "autograd/anomaly.h"
 #include "ops/norm_promise.h"
 
 #include <string.h>
@@ -334,7 +335,7 @@ int orepa_apply_in_place(orepa_function f, const orepa_operand *given) {
   bool recorded = autograd_wanted(inputs, inputs_of(f, given, inputs));
   if (autograd_check_in_place(op, t, recorded))
     return -1;
-  orepa_operand operands[ELEMENTWISE_MAX_OPERANDS];
+  orepa_operand operands[ELEMENTWISE_MAX_OPERANDS] = {{NULL}};
   int failed = 0;
   for (int k = 0; k < functions[f].operands; k++) { /* an operand that overlaps t is read from a copy */
     operands[k] = given[k];
@@ -347,6 +348,8 @@ int orepa_apply_in_place(orepa_function f, const orepa_operand *given) {
   for (int k = 1; k < functions[f].operands; k++)
     if (operands[k].tensor != given[k].tensor)
       orepa_release(operands[k].tensor);
+  if (!failed && !recorded)
+    failed = anomaly_check_result(op, t, functions[f].operands, inputs);
   return failed ? -1 : 0;
 }
 

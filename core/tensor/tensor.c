@@ -204,6 +204,9 @@ void orepa_release(orepa_tensor *t) {
     return;
   storage_release(t->storage);
   orepa_release(t->grad); /* a gradient has none of its own */
+  if (t->retains_grad)
+    autograd_retain_no_more(t);
+  autograd_drop_hooks(&t->hooks);
   autograd_node *node = t->node;
   free(t);
   if (node)

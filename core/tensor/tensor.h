@@ -16,6 +16,7 @@
 typedef struct autograd_node autograd_node;
 typedef struct promise promise; /* promise.h */
 typedef struct promise_reader promise_reader;
+typedef struct leaf_arrival leaf_arrival; /* autograd/pass.h */
 
 typedef struct {
   atomic_int references;
@@ -47,6 +48,9 @@ struct orepa_tensor {
   autograd_node *node; /* what computed it; NULL: a leaf */
   int output;          /* which of the node's outputs it is */
   orepa_tensor *grad;
+  orepa_hook *hooks;      /* of a leaf; those of what a node computed are the node's */
+  leaf_arrival *arriving; /* of a leaf, while a backward pass is under way that holds its gradient back */
+  bool retains_grad;      /* the node has an entry for it */
 };
 
 /* ---- the two doors: 0, or -1 with a message where there is no memory, and nothing has changed */

@@ -1,4 +1,5 @@
-/* autograd.c: backward and what it calls in Lua, requires_grad, and the regions: no_grad and autocast. */
+/* autograd.c: backward, grad and what they call in Lua, requires_grad, and the regions: no_grad, autocast,
+ * detect_anomaly. */
 #include <stdlib.h>
 
 #include "bind.h"
@@ -44,25 +45,160 @@ void bind_give_up_now(lua_State *L) {
   }
 }
 
+/* Before a pass: makes room for what a callback raises. What dead handles hold, the pass could not free on its way. */
+static void begin_call(lua_State *L, backward_call *call) {
+  bind_tidy(L);
+  luaL_checkstack(L, 4, "backward");
+  lua_pushnil(L);
+  *call = (backward_call){L, lua_gettop(L), false, current};
+  current = call;
+}
+
+/* Behind it: a failure is raised. */
+static void end_call(lua_State *L, const backward_call *call, int failed) {
+  current = call->outer;
+  bind_give_up_now(L);
+  if (failed && call->raised) {
+    lua_settop(L, call->error);
+    lua_error(L);
+  }
+  if (failed)
+    bind_fail(L);
+}
+
 /* ---- backward ---- */
 
+static void refuse_graph(lua_State *L, int options, const char *function) {
+  if (bind_option_boolean(L, options, "create_graph", false))
+    bind_error(L, "%s: create_graph: there is no double backward; gradients have no graph of their own", function);
+}
+
 static int l_backward(lua_State *L) {
-  static const char *const known[] = {"retain_graph", NULL};
+  static const char *const known[] = {"retain_graph", "create_graph", NULL};
   orepa_tensor *y = bind_tensor(L, 1);
   int at = lua_istable(L, 2) ? 2 : 3;
   orepa_tensor *dy = at == 3 ? bind_tensor_or_nil(L, 2) : NULL;
-  bool retain = bind_option_boolean(L, bind_options(L, at, "backward", known), "retain_graph", false);
-  bind_tidy(L); /* what dead handles hold, the pass could not free on its way */
-  luaL_checkstack(L, 4, "backward");
-  lua_pushnil(L);
-  backward_call call = {L, lua_gettop(L), false, current};
-  current = &call;
-  int failed = orepa_backward(y, dy, retain);
-  current = call.outer;
-  bind_give_up_now(L);
-  if (failed && call.raised)
-    return lua_error(L);
-  return failed ? bind_fail(L) : 0;
+  int options = bind_options(L, at, "backward", known);
+  bool retain = bind_option_boolean(L, options, "retain_graph", false);
+  refuse_graph(L, options, "backward");
+  backward_call call;
+  begin_call(L, &call);
+  end_call(L, &call, orepa_backward(y, dy, retain));
+  return 0;
+}
+
+/* ---- grad ---- */
+
+/* A tensor or a list of them, with references of its own: callbacks may release and collect the user's. */
+typedef struct {
+  bool is_list;
+  int count;
+  orepa_tensor **tensors;
+} tensor_list;
+
+/* Takes what is on top of the stack as tensor k of a list, into the table at `handles`. */
+static orepa_tensor *take_tensor(lua_State *L, int handles, const char *what, int k, bool may_lack) {
+  if (may_lack && !lua_toboolean(L, -1)) {
+    lua_pop(L, 1);
+    return NULL;
+  }
+  orepa_tensor **given = luaL_testudata(L, -1, BIND_TENSOR);
+  if (!given)
+    bind_error(L, "grad: %s %d: a tensor expected, got %s", what, k + 1, luaL_typename(L, -1));
+  else if (!*given)
+    bind_error(L, "grad: %s %d: this tensor was released", what, k + 1);
+  bind_push(L, *given);
+  lua_rawseti(L, handles, k + 1);
+  lua_pop(L, 1);
+  return *given;
+}
+
+/* Pushes what keeps the list alive. Entries may be missing where `count` is given, which says how many there are. */
+static tensor_list push_list(lua_State *L, int index, const char *what, int count) {
+  tensor_list list = {lua_istable(L, index), count ? count : 1, NULL};
+  if (list.is_list && !count)
+    list.count = (int)lua_rawlen(L, index);
+  if (!list.count)
+    bind_error(L, "grad: %s: an empty list", what);
+  if (list.is_list ? count && (int)lua_rawlen(L, index) > count : list.count > 1)
+    bind_error(L, "grad: %s: a list of %d expected, one for each tensor that is differentiated", what, count);
+  list.tensors = lua_newuserdatauv(L, (size_t)list.count * sizeof *list.tensors, 1);
+  lua_createtable(L, list.count, 0);
+  int handles = lua_gettop(L);
+  for (int k = 0; k < list.count; k++) {
+    if (list.is_list)
+      lua_rawgeti(L, index, k + 1);
+    else
+      lua_pushvalue(L, index);
+    list.tensors[k] = take_tensor(L, handles, what, k, count > 0);
+  }
+  lua_setiuservalue(L, -2, 1);
+  return list;
+}
+
+/* What takes the results: pushes a table of empty handles, and an array of them. */
+static orepa_tensor **push_results(lua_State *L, int count) {
+  lua_createtable(L, count, 0);
+  for (int k = 0; k < count; k++) {
+    bind_new(L);
+    lua_rawseti(L, -2, k + 1);
+  }
+  return lua_newuserdatauv(L, (size_t)count * sizeof(orepa_tensor *), 0);
+}
+
+static void refuse_unused(lua_State *L, int k, const orepa_tensor *x) {
+  luaL_Buffer b;
+  luaL_buffinit(L, &b);
+  for (int d = 0; d < orepa_rank(x); d++) {
+    lua_pushfstring(L, d ? "x%I" : " %I", (lua_Integer)orepa_shape(x)[d]);
+    luaL_addvalue(&b);
+  }
+  luaL_pushresult(&b);
+  bind_error(L,
+             "grad: tensor %d of those asked for (%s%s) was not used for what is differentiated; {allow_unused = true} "
+             "gives nil for it",
+             k, orepa_dtype_name(orepa_tensor_dtype(x)), lua_tostring(L, -1));
+}
+
+/* Fills the handles of the table; where no gradient came there is nil, or an error. */
+static void exchange_results(lua_State *L, int table, const tensor_list *xs, orepa_tensor *const *dxs,
+                             bool allow_unused) {
+  int unused = 0;
+  for (int k = 0; k < xs->count; k++) {
+    lua_rawgeti(L, table, k + 1);
+    *(orepa_tensor **)lua_touserdata(L, -1) = dxs[k];
+    lua_pop(L, 1);
+    if (!dxs[k]) {
+      unused = unused ? unused : k + 1;
+      lua_pushnil(L);
+      lua_rawseti(L, table, k + 1);
+    }
+  }
+  if (unused && !allow_unused)
+    refuse_unused(L, unused, xs->tensors[unused - 1]);
+}
+
+static int l_grad(lua_State *L) {
+  static const char *const known[] = {"grads", "retain_graph", "allow_unused", "create_graph", NULL};
+  lua_settop(L, 3);
+  int options = bind_options(L, 3, "grad", known);
+  bool retain = bind_option_boolean(L, options, "retain_graph", false);
+  bool allow_unused = bind_option_boolean(L, options, "allow_unused", false);
+  refuse_graph(L, options, "grad");
+  tensor_list ys = push_list(L, 1, "what is differentiated", 0), xs = push_list(L, 2, "what is asked for", 0),
+              dys = {0};
+  if (bind_option(L, options, "grads"))
+    dys = push_list(L, lua_gettop(L), "option 'grads'", ys.count);
+  orepa_tensor **dxs = push_results(L, xs.count);
+  int table = lua_gettop(L) - 1;
+  backward_call call;
+  begin_call(L, &call);
+  end_call(L, &call, orepa_gradients(ys.count, ys.tensors, dys.tensors, xs.count, xs.tensors, retain, dxs));
+  exchange_results(L, table, &xs, dxs, allow_unused);
+  lua_settop(L, table);
+  if (!xs.is_list)
+    lua_rawgeti(L, table, 1);
+  return 1;
 }
 
 static int l_requires_grad(lua_State *L) {
@@ -154,6 +290,31 @@ static int l_autocast(lua_State *L) {
   return finish_autocast(L, lua_pcallk(L, 0, LUA_MULTRET, 0, was, finish_autocast), was);
 }
 
+static void set_anomaly(int wanted) {
+  orepa_set_anomaly((orepa_anomaly)wanted);
+}
+
+static int finish_anomaly(lua_State *L, int status, lua_KContext was) {
+  set_anomaly((int)was);
+  return finish(L, status);
+}
+
+static int l_detect_anomaly(lua_State *L) {
+  static const char *const known[] = {"nan_only", NULL};
+  int was = (int)orepa_anomaly_wanted(), at = lua_istable(L, 1) ? 1 : 2;
+  bool nan_only = bind_option_boolean(L, bind_options(L, at, "detect_anomaly", known), "nan_only", false);
+  int wanted = nan_only ? OREPA_ANOMALY_NAN : OREPA_ANOMALY_FINITE;
+  if (at == 1 || lua_isnoneornil(L, 1)) {
+    push_guard(L, set_anomaly, was);
+    set_anomaly(wanted);
+    return 1;
+  }
+  luaL_checktype(L, 1, LUA_TFUNCTION);
+  lua_settop(L, 1);
+  set_anomaly(wanted);
+  return finish_anomaly(L, lua_pcallk(L, 0, LUA_MULTRET, 0, was, finish_anomaly), was);
+}
+
 static int l_get_autocast(lua_State *L) {
   lua_pushstring(L, orepa_dtype_name(orepa_autocast()));
   return 1;
@@ -178,6 +339,21 @@ static const bind_row functions[] = {
      "line "
      "on stderr says so; with OREPA_BFLOAT16=1 in the environment bfloat16 is used everywhere, with 0 nowhere.\n"
      "> orepa.autocast(\"bfloat16\", function() return F.linear(orepa.ones(2, 3), orepa.ones(4, 3)) end)"},
+    {"detect_anomaly", l_detect_anomaly,
+     "detect_anomaly(f, {nan_only=}) -> what f returns\nRuns f, and looks at the result of every op and at every "
+     "gradient: the first number that is NaN or infinite (with nan_only: NaN) is an error that names the op that made "
+     "it, and where it is. In backward it names the op whose gradient it is, and the line where that was called, if "
+     "this was in the region too. Without f it gives a guard: `local _ <close> = orepa.detect_anomaly()`. Much slower "
+     "than without; a mask of infinities wants nan_only.\n"
+     "> pcall(orepa.detect_anomaly, function() return orepa.zeros(2):log() end)"},
+    {"grad", l_grad,
+     "grad(ys, xs, {grads=, retain_graph=, allow_unused=}) -> tensor or list\nThe gradients of ys (a tensor or a list, "
+     "whose gradients are added up) with respect to xs (a tensor, or a list for a list), leaves or what ops made. They "
+     "are new tensors; no tensor's own grad changes, and only what leads to xs is computed. grads are the gradients "
+     "that it starts from, as backward's dy. An x that has no part in ys is an error, or nil with allow_unused. The "
+     "graph that was used is freed unless retain_graph. Hooks of xs and of what is between count. There is no double "
+     "backward: gradients have no graph of their own.\n"
+     "> local x = orepa.tensor({1, 2}):requires_grad_(); return orepa.grad((x * x):sum(), x)"},
     {"get_autocast", l_get_autocast,
      "get_autocast() -> string\nThe type of the autocast that is entered now; \"float32\": none.\n"
      "> orepa.get_autocast()"},

@@ -129,7 +129,16 @@ static void collect(lua_State *L) {
   lua_pop(L, 2);
 }
 
+void bind_note_place(lua_State *L) {
+  if (orepa_anomaly_wanted() == OREPA_ANOMALY_OFF)
+    return;
+  push_where(L);
+  orepa_set_place(luaL_gsub(L, lua_tostring(L, -1), ": ", ""));
+  lua_pop(L, 2);
+}
+
 void bind_collect(lua_State *L) {
+  bind_note_place(L);
   if ((double)orepa_memory_live() > 1.05 * left + (16 << 20))
     collect(L);
 }

@@ -62,6 +62,9 @@ void bind_end_op(int64_t event, const orepa_tensor *result);
     return *handle ? 1 : bind_fail(L);                                                                                 \
   } while (0)
 
+/* Lets the engine know where the user's program is, if anomalies are looked for; bind_collect does that too. */
+void bind_note_place(lua_State *L);
+
 /* Returns the first argument after `call`, which gives 0 or -1. */
 #define BIND_RETURN_SELF(L, call)                                                                                      \
   do {                                                                                                                 \
@@ -132,6 +135,8 @@ void bind_elementwise_family(lua_State *L);
 void bind_functional_family(lua_State *L);
 void bind_autograd_family(lua_State *L);
 void bind_checkpoint_family(lua_State *L);
+void bind_hook_family(lua_State *L);
+void bind_function_family(lua_State *L);
 void bind_system_family(lua_State *L);
 void bind_interrupt_family(lua_State *L);
 void bind_optimizer_family(lua_State *L);

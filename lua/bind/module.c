@@ -12,6 +12,8 @@ int luaopen_orepa_core(lua_State *L) {
   bind_functional_family(L);
   bind_autograd_family(L);
   bind_checkpoint_family(L);
+  bind_hook_family(L);
+  bind_function_family(L);
   bind_system_family(L);
   bind_interrupt_family(L);
   bind_optimizer_family(L);

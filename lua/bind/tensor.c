@@ -383,6 +383,7 @@ static int l_newindex(lua_State *L) {
   if (lua_type(L, 2) == LUA_TNUMBER) {
     int64_t k = position(L, 2, t);
     orepa_operand value = bind_operand(L, 3);
+    bind_note_place(L);
     orepa_tensor **source = bind_new(L);
     *source = value.tensor ? orepa_retain(value.tensor)
                            : orepa_full(orepa_tensor_dtype(t), orepa_tensor_device(t), 0, NULL, value.number);

@@ -17,6 +17,7 @@ end
 require "orepa.plot"
 orepa.train = require "orepa.train"
 orepa.diagnose = require "orepa.diagnose"
+orepa.gradcheck = require "orepa.gradcheck"
 orepa.watch = require("orepa.view").watch
 orepa.profile = require "orepa.profile"
 orepa.state_dict = require("orepa.state").select

@@ -20,12 +20,16 @@ local places = {
   reparam = orepa.reparam, models = models, datasets = datasets, diagnose = orepa.diagnose,
   image = orepa.image,
 }
+local context
+orepa.Function { forward = function(ctx, x) context = ctx return x end, backward = print } (orepa.ones(1))
 local objects = {
   t = { orepa.methods }, m = { nn.Module }, b = { nn.ReparamBlock }, list = { nn.ModuleList, nn.Sequential },
   norm = { nn.BatchNorm2d }, opt = { require("orepa.optim.optimizer").Optimizer },
   watch = { getmetatable(orepa.diagnose.watch(nn.ConvBN { in_channels = 1, out_channels = 1, kernel_size = 1 })).__index },
   live = { getmetatable(orepa.watch(nn.ReLU())).__index },
   profile = { getmetatable((orepa.profile(function() end))).__index },
+  ctx = { getmetatable(context).__index },
+  hook = { getmetatable(orepa.ones(1):requires_grad_():register_hook(print)).__index },
   loader = { getmetatable(data.loader { dataset = images, batch_size = 1 }).__index },
 }
 for _, name in ipairs { "SGD", "AdamW", "RMSprop" } do

@@ -108,7 +108,8 @@ local function attempt(name, f, arguments)
   end
   for k = 2, results.n do
     local v = results[k]
-    if (name == "orepa.no_grad" or name == "orepa.autocast") and type(v) == "userdata" and not orepa.is_tensor(v) then
+    local guards = name == "orepa.no_grad" or name == "orepa.autocast" or name == "orepa.detect_anomaly"
+    if guards and type(v) == "userdata" and not orepa.is_tensor(v) then
       local _ <close> = v
     end
     look_at(v)
@@ -167,6 +168,14 @@ local bases = {
   ["orepa.sgd_step"] = function() return { { orepa.ones(2):requires_grad_() }, {}, { 1 }, { 0 }, {} } end,
   ["orepa.zeros"] = function() return { 2, 3, {} } end,
   ["orepa.arange"] = function() return { 5, {} } end,
+  ["orepa.grad"] = function()
+    local x = orepa.ones(2):requires_grad_()
+    return { (x * x):sum(), x, {} }
+  end,
+  ["orepa.gradcheck"] = function() return { function(x) return x * x end, { orepa.ones(2):requires_grad_() }, {} } end,
+  ["orepa.detect_anomaly"] = function() return { function() end, {} } end,
+  ["orepa.Function"] = function() return { { forward = print, backward = print } } end,
+  ["t:backward"] = function() return { orepa.ones(1):requires_grad_(), nil, {} } end,
   ["t:sum"] = function() return { orepa.rand(2, 3), 1, {} } end,
   ["t:to"] = function() return { orepa.rand(2, 3), {} } end,
 }
