@@ -63,6 +63,10 @@ static void slot_empty(const orepa_loader *loader, batch_slot *slot) {
 
 /* ---- threads ---- */
 
+bool orepa_on_loader_thread(void) {
+  return loader_thread_here();
+}
+
 static bool may_make(const orepa_loader *loader) {
   return loader->next < loader->batches && loader->next < loader->taken + loader->prefetch;
 }

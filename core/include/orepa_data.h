@@ -68,6 +68,9 @@ OREPA_API int orepa_image_statistics(orepa_tensor *images, double *mean, double 
  * whoever calls it from one of these threads leaves without. */
 typedef struct orepa_loader orepa_loader;
 
+/* Whether the calling thread is one of those. */
+OREPA_API bool orepa_on_loader_thread(void);
+
 /* What makes the batches. Functions may be NULL but for start, make and drop; where one fails it leaves a message. */
 typedef struct {
   void *context;

@@ -124,6 +124,7 @@ void bind_interrupt_family(lua_State *L);
 void bind_optimizer_family(lua_State *L);
 void bind_file_family(lua_State *L);
 void bind_data_family(lua_State *L);
+void bind_loader_family(lua_State *L);
 void bind_reparam_family(lua_State *L);
 
 /* Pushes the table of Tensor's methods. */
