@@ -50,8 +50,8 @@ local function check_options(given)
   elseif named or samples.is_dataset(o.dataset) then
     refuse(given, of_images, "images in memory (data.images), and this dataset is in Lua")
   else
-    fail("dataset: what data.images gives expected, or {size = n, get = function(self, i) ... end}, or the name of a module "
-      .. "that gives such; got %s", type(o.dataset))
+    fail("dataset: what data.images gives expected, got %s; or a dataset in Lua, {size = n, get = function(self, i) ... end}, "
+      .. "or the name of a module that gives one", type(o.dataset))
   end
   check_count(o, "batch_size", 1)
   o.workers = o.workers or (images and IMAGE_WORKERS or named and 1 or 0)
@@ -63,6 +63,8 @@ local function check_options(given)
   o.prefetch = o.prefetch or math.max(1, 2 * o.workers)
   check_count(o, "prefetch", 1)
   if o.dataset_options ~= nil and not named then fail("dataset_options are for a dataset that is named by its module") end
+  local crosses, why = loading.crosses(o.dataset_options)
+  if not crosses then fail("dataset_options: %s", why) end
   if o.collate ~= nil and type(o.collate) ~= "function" and type(o.collate) ~= "string" then
     fail("collate: a function or the name of a module that gives one expected, got %s", type(o.collate))
   end

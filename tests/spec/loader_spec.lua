@@ -1,0 +1,658 @@
+-- Loaders: datasets in Lua on the main thread and in workers, threads that prepare images, and how all of them end.
+
+local lfs = require "lfs"
+local orepa = require "orepa"
+local fails = require "tests.spec.fails"
+local process = require "tests.spec.process"
+local data = orepa.data
+
+local folder, path
+setup(function()
+  folder, path = process.folder(), package.path
+  package.path = folder .. "/?.lua;" .. path
+end)
+teardown(function()
+  package.path = path
+  process.remove(folder)
+end)
+
+-- A module that is there for workers and, under its name, here.
+local function module(name, text)
+  process.write(("%s/%s.lua"):format(folder, name), text)
+  package.loaded[name] = nil
+  return name
+end
+
+-- Threads of this process; a collection ends those of what is dead.
+local function threads()
+  collectgarbage()
+  collectgarbage()
+  local count = 0
+  for entry in lfs.dir "/proc/self/task" do count = count + (entry:match "^%d+$" and 1 or 0) end
+  return count
+end
+
+-- Plain values of tensors.
+local function plain(value)
+  if orepa.is_tensor(value) then return { dtype = value.dtype, values = value:tolist() } end
+  if type(value) ~= "table" then return value end
+  local result = {}
+  for key, entry in pairs(value) do result[key] = plain(entry) end
+  return result
+end
+
+-- All batches of an epoch: a list of values each.
+local function batches(loader, epoch)
+  local list = {}
+  local next_batch, _, _, guard = loader:epoch(epoch)
+  local _ <close> = guard
+  while true do
+    local values = table.pack(next_batch())
+    if values[1] == nil then return list end
+    list[#list + 1] = plain(values)
+  end
+end
+
+local function int64(values) return { dtype = "int64", values = values } end
+local function float32(values) return { dtype = "float32", values = values } end
+
+describe("a dataset in a table", function()
+  it("gives batches of what its samples are", function()
+    local set = { size = 3, factor = 10, get = function(self, i)
+      return orepa.full({ 2 }, self.factor * i), i, i / 2, "s" .. i, i > 1, { box = { i, -i }, name = "n" .. i }
+    end }
+    local got = batches(data.loader { dataset = set, batch_size = 2 }, 1)
+    assert.same({
+      { n = 6, float32 { { 10, 10 }, { 20, 20 } }, int64 { 1, 2 }, float32 { 0.5, 1 }, { "s1", "s2" },
+        { dtype = "bool", values = { false, true } }, { box = { int64 { 1, 2 }, int64 { -1, -2 } }, name = { "n1", "n2" } } },
+      { n = 6, float32 { { 30, 30 } }, int64 { 3 }, float32 { 1.5 }, { "s3" }, { dtype = "bool", values = { true } },
+        { box = { int64 { 3 }, int64 { -3 } }, name = { "n3" } } },
+    }, got)
+  end)
+
+  it("may be an object; its size, options and loader's numbers are as for images", function()
+    local Set = {}
+    Set.__index = Set
+    function Set:get(i) return self.first + i end
+    local loader = data.loader { dataset = setmetatable({ size = 7, first = 100 }, Set), batch_size = 3, drop_last = true }
+    assert.same({ 7, 2 }, { loader.size, loader.batches })
+    assert.same({ { n = 1, int64 { 101, 102, 103 } }, { n = 1, int64 { 104, 105, 106 } } }, batches(loader, 1))
+    assert.same({}, batches(data.loader { dataset = { size = 0, get = Set.get }, batch_size = 3 }, 1))
+    for x in data.loader({ dataset = setmetatable({ size = 1, first = 0 }, Set), batch_size = 3, device = "ref" }):epoch(1) do
+      assert.equal("ref", x.device)
+    end
+  end)
+
+  it("is visited in an order of seed and epoch alone", function()
+    local set = { size = 20, get = function(_, i) return i end }
+    local function order(seed, epoch, batch_size)
+      local list = {}
+      for labels in data.loader({ dataset = set, batch_size = batch_size or 6, shuffle = true, seed = seed }):epoch(epoch) do
+        for _, i in ipairs(labels:tolist()) do list[#list + 1] = i end
+      end
+      return list
+    end
+    local first = order(1, 1)
+    assert.same(first, order(1, 1, 7))
+    assert.not_same(first, order(1, 2))
+    assert.not_same(first, order(2, 1))
+    local images = data.images { images = orepa.zeros(20, 1, 1), labels = orepa.arange(20):to("int64"), classes = 20 }
+    local list = {} -- the order is that of images
+    for _, labels in data.loader({ dataset = images, batch_size = 20, shuffle = true, seed = 1 }):epoch(1) do
+      for _, label in ipairs(labels:tolist()) do list[#list + 1] = label end
+    end
+    assert.same(first, list)
+  end)
+
+  it("draws for a sample what follows from seed, epoch and position, and disturbs nobody", function()
+    local set = { size = 6, get = function() return orepa.rand(2), math.random(), math.random(1 << 40) end }
+    local function drawn(o)
+      o.dataset = set
+      return batches(data.loader(o), 3)
+    end
+    orepa.manual_seed(7)
+    local wanted = { math.random(), math.random(), orepa.rand(1):item() }
+    orepa.manual_seed(7)
+    local found = { math.random() }
+    local first = drawn { batch_size = 1 }
+    found[2], found[3] = math.random(), orepa.rand(1):item()
+    assert.same(wanted, found)
+    assert.same(first, drawn { batch_size = 1 })
+    assert.not_same(first, drawn { batch_size = 1, seed = 1 })
+    assert.not_same(first[1], first[2])
+    assert.same(first[2][2].values[1], drawn({ batch_size = 4 })[1][2].values[2])
+  end)
+
+  it("records no graph", function()
+    local w = orepa.ones(2):requires_grad_()
+    for x in data.loader({ dataset = { size = 2, get = function() return w * 2 end }, batch_size = 2 }):epoch(1) do
+      assert.is_false(x.requires_grad)
+    end
+    assert.is_true((w * 2).requires_grad)
+  end)
+
+  it("may be divided", function()
+    local set = { size = 5, get = function(_, i) return i end }
+    assert.same({ { n = 1, int64 { 3, 4 } } }, batches(data.loader { dataset = data.part(set, 3, 4), batch_size = 4 }, 1))
+    fails("data.part: samples 4 to 6 of 5", data.part, set, 4, 6)
+    assert.equal(0, data.part(set, 1, 0).size)
+  end)
+
+  it("whose samples don't fit says which", function()
+    local function first(get, o)
+      o = o or {}
+      o.dataset, o.batch_size = { size = 4, get = get }, 4
+      return data.loader(o):epoch(1)()
+    end
+    fails("sample 2: value 1 is float32 2, but float32 1 in sample 1", first, function(_, i) return orepa.ones(i) end)
+    fails("sample 3: value 1 is a string, but a number in sample 1", first, function(_, i) return i > 2 and "x" or i end)
+    fails("sample 2: 2 values, but 1 in sample 1", first, function(_, i) return table.unpack({ 1, 2 }, 1, math.min(i, 2)) end)
+    fails('sample 2: value 1%["a"%] is a nil, but a number', first,
+      function(_, i) return { [i == 1 and "a" or "b"] = 1 } end)
+    fails("sample 4: value 1 has 4 entries, but 3 in sample 1", first, function(_, i) return { 1, 2, 3, i == 4 and 4 or nil } end)
+    fails("sample 1: value 2 is a function; samples are made of", first, function() return 1, print end)
+    fails("sample 1: value 1 is a userdata", first, function() return io.stdout end)
+    fails("sample 1: get gave nil", first, function() end)
+    fails("sample 2: .*loader_spec.lua:%d+: no such thing", first,
+      function(_, i) return i == 2 and error "no such thing" or i end)
+    fails("sample 1: attempt to yield", coroutine.wrap(function() return first(function() coroutine.yield(1) end) end))
+  end)
+
+  it("is put together by a collate function", function()
+    local set = { size = 3, get = function(_, i) return orepa.ones(i), i end }
+    local function lengths(samples)
+      local list = {}
+      for k, s in ipairs(samples) do list[k] = s[1].shape[1] + 10 * s[2] end
+      return list, samples[1].n
+    end
+    local got = batches(data.loader { dataset = set, batch_size = 2, collate = lengths }, 1)
+    assert.same({ { n = 2, { 11, 22 }, 2 }, { n = 2, { 33 }, 2 } }, got)
+    fails("batch 2: .*: not this one", batches, data.loader { dataset = set, batch_size = 2,
+      collate = function(s) return #s == 2 and 1 or error "not this one" end }, 1)
+    fails("batch 1: collate gave nil", batches, data.loader { dataset = set, batch_size = 2, collate = function() end }, 1)
+  end)
+
+  it("trains a network as images do", function()
+    local nn, optim = orepa.nn, orepa.optim
+    local Net = nn.Module:extend("Net")
+    function Net:init() self.linear = nn.Linear { in_features = 2, out_features = 2 } end
+    function Net:forward(x) return self.linear(x) end
+    local set = { size = 32, get = function(_, i) return orepa.tensor { i % 2, 1 - i % 2 }, i % 2 end }
+    local net = Net()
+    local history = orepa.train.fit { net = net, optimizer = optim.SGD(net:parameters(), { lr = 1 }), epochs = 5,
+      loader = data.loader { dataset = set, batch_size = 8, shuffle = true },
+      log = { write = function() end, flush = function() end } }
+    assert.equal(1, history[5].accuracy)
+  end)
+end)
+
+-- ---- workers ----
+
+local RANDOM = [[
+local orepa = require "orepa"
+return { size = 11, get = function(self, i)
+  return orepa.randn(2, 3):add(i), i, "s" .. i, { math.random(), i % 2 == 0, extra = math.random(1000) }
+end }]]
+
+describe("workers", function()
+  it("change no batch", function()
+    local name = module("drawing", RANDOM)
+    for _, shuffle in ipairs { false, true } do
+      local wanted = batches(data.loader { dataset = name, batch_size = 3, workers = 0, shuffle = shuffle, seed = 4 }, 2)
+      for count = 1, 3 do
+        local loader <close> = data.loader { dataset = name, batch_size = 3, workers = count, prefetch = count, shuffle = shuffle,
+          seed = 4 }
+        assert.same({ 11, 4 }, { loader.size, loader.batches })
+        local other = batches(loader, 1)
+        assert.same(wanted, batches(loader, 2))
+        assert.not_same(wanted, other)
+      end
+    end
+  end)
+
+  it("leave the main thread's random numbers alone", function()
+    orepa.manual_seed(3)
+    local state, wanted = orepa.rng_state(), math.random()
+    orepa.manual_seed(3)
+    batches(data.loader { dataset = module("drawing", RANDOM), batch_size = 3 }, 1)
+    assert.same(state, orepa.rng_state())
+    assert.equal(wanted, math.random())
+  end)
+
+  it("have a state each, which lives from epoch to epoch", function()
+    local name = module("counting", [[
+local loaded, count = tostring({}), 0
+return { size = 8, get = function() count = count + 1; return loaded, count, package.path end }]])
+    local loader <close> = data.loader { dataset = name, batch_size = 1, workers = 2 }
+    local seen, most = {}, 0
+    for epoch = 1, 3 do
+      for state, count, where in loader:epoch(epoch) do
+        seen[state[1]] = true
+        most = math.max(most, count:item())
+        assert.equal(package.path, where[1])
+      end
+    end
+    local states = 0
+    for _ in pairs(seen) do states = states + 1 end
+    assert.is_true(states <= 2 and most >= 12)
+  end)
+
+  it("run kernels alone, and record no graph", function()
+    local name = module("alone", [[
+local orepa = require "orepa"
+return { size = 4, get = function()
+  local x = orepa.ones(3):requires_grad_()
+  local set, message = pcall(orepa.set_threads, 2)
+  local held, why = pcall(orepa.hold_interrupt)
+  return orepa.threads(), orepa.is_grad_enabled(), (x * 2).requires_grad, set or held, message .. why
+end }]])
+    for threads_, enabled, required, allowed, message in data.loader({ dataset = name, batch_size = 4 }):epoch(1) do
+      assert.same({ 1, 1, 1, 1 }, threads_:tolist())
+      for _, t in ipairs { enabled, required, allowed } do assert.is_false(t:any():item()) end
+      assert.matches("set_threads: .*hold_interrupt: ", message[1])
+    end
+  end)
+
+  it("compute what the main thread computes", function()
+    local name = module("network", [[
+local orepa = require "orepa"
+return { size = 3, get = function(self, i)
+  local x, w = orepa.randn(1, 8, 12, 12), orepa.randn(8, 8, 3, 3)
+  return orepa.F.conv2d(x, w, nil, {padding = 1}), orepa.F.softmax(orepa.F.relu(x), 2),
+    w:reshape(8, 72):matmul(w:reshape(72, 8)), x:argmax(2)
+end }]])
+    local wanted = batches(data.loader { dataset = name, batch_size = 1, workers = 0 }, 1)
+    local loader <close> = data.loader { dataset = name, batch_size = 1, workers = 2 }
+    local got = batches(loader, 1)
+    local function near(a, b)
+      if type(a) == "number" then
+        assert.near(a, b, 1e-4)
+      else
+        for k in pairs(a) do
+          if type(a[k]) ~= "string" then near(a[k], b[k]) end
+        end
+      end
+    end
+    near(wanted, got)
+  end)
+
+  it("get options, and share the memory of tensors", function()
+    local name = module("given", [[
+return function(o)
+  return { size = o.count, get = function(self, i)
+    if i == 2 then return o.table, pcall(o.table.fill_, o.table, 1) end
+    return o.table, o.nested.deep[2] == "x", "fine"
+  end }
+end]])
+    local table_ = orepa.arange(4)
+    local live = orepa.memory().live
+    local loader <close> = data.loader { dataset = name, batch_size = 1, dataset_options = { count = 2, table = table_,
+      nested = { deep = { 1, "x" } } }, collate = function(s) return table.unpack(s[1]) end }
+    assert.is_true(orepa.memory().live - live < 4096)
+    local list = {}
+    for t, ok, message in loader:epoch(1) do list[#list + 1] = { t, ok, message } end
+    assert.same({ { 1, 2, 3, 4 }, true, "fine" }, { list[1][1]:tolist(), list[1][2], list[1][3] })
+    assert.is_false(list[2][2])
+    assert.matches("may not write to a tensor that another thread has", list[2][3])
+    table_:fill_(5)
+    assert.same({ 5, 5, 5, 5 }, list[1][1]:tolist())
+  end)
+
+  it("put samples together by a module's function, or leave that to the main thread", function()
+    module("varied", [[
+local orepa = require "orepa"
+return { size = 5, get = function(self, i) return orepa.ones(i), { i, name = "n" .. i } end }]])
+    local text = [[
+return function(samples)
+  local sizes, names = {}, {}
+  for k, s in ipairs(samples) do sizes[k], names[k] = s[1].shape[1], s[2].name end
+  return sizes, names, math.random(), samples[1].n
+end]]
+    local wanted = batches(data.loader { dataset = "varied", batch_size = 2, workers = 0, collate = load(text)() }, 1)
+    assert.same({ { 1, 2 }, { "n1", "n2" } }, { wanted[1][1], wanted[1][2] })
+    for _, collate in ipairs { module("lengths", text), load(text)() } do
+      for count = 0, 2 do
+        local loader <close> = data.loader { dataset = "varied", batch_size = 2, workers = count, collate = collate }
+        assert.same(wanted, batches(loader, 1))
+      end
+    end
+  end)
+
+  it("let every kind of value through, and nothing else", function()
+    local name = module("values", [[
+local values = {
+  function() return math.mininteger, 1e308, -0.0, "\0zero\0", true end,
+  function() return { [1.5] = "a", [true] = { {} }, x = { 1, 2, { y = "z" } } } end,
+  function() return 1, nil, 3 end,
+  function() return print end,
+  function() return 1, { a = { 5, coroutine.create(print) } } end,
+  function() return setmetatable({}, {}) end,
+  function() local t = {}; t[1] = t; return t end,
+  function() return { [print] = 1 } end,
+  function() return io.stdout end,
+  function() local t = require("orepa").ones(1); t:release(); return t end,
+}
+return { size = #values, get = function(self, i) return values[i]() end }]])
+    local loader <close> = data.loader { dataset = name, batch_size = 1, workers = 1, prefetch = 1, collate = function(s)
+      return table.unpack(s[1], 1, s[1].n)
+    end }
+    local next_batch = loader:epoch(1)
+    assert.same({ math.mininteger, 1e308, -0.0, "\0zero\0", true }, { next_batch() })
+    assert.same({ [1.5] = "a", [true] = { {} }, x = { 1, 2, { y = "z" } } }, next_batch())
+    assert.same({ n = 3, 1, nil, 3 }, table.pack(next_batch()))
+    module("one_of", [[
+return function(o)
+  local d = require(o.name)
+  return { size = 1, get = function() return d:get(o.i) end }
+end]])
+    for i, pattern in pairs { [4] = "value 1: a function; only tensors, numbers", [5] = "value 2%.a%[2%]: a thread",
+      [6] = "a metatable", [7] = "nested too deep", [8] = "a key that is neither", [9] = "value 1: a userdata",
+      [10] = "a tensor that was released" } do
+      local part <close> = data.loader { dataset = "one_of", dataset_options = { name = name, i = i }, batch_size = 1,
+        collate = function() return 1 end }
+      fails("sample 1: .*" .. pattern, part:epoch(1))
+    end
+  end)
+
+  it("keep memory flat", function()
+    local name = module("large", [[
+local orepa = require "orepa"
+return { size = 400, get = function(self, i) return orepa.full({ 1 << 16 }, i) end }]]) -- 256 KiB each
+    local text = process.run_text(([[
+package.path = %q
+local orepa = require "orepa"
+local loader <close> = orepa.data.loader{dataset = %q, batch_size = 8, workers = 2}
+for epoch = 1, 3 do
+  for x in loader:epoch(epoch) do assert(x.shape[1] == 8) end
+end
+print(orepa.memory().peak)]]):format(package.path, name))
+    assert(tonumber(text) < 160 << 20, text) -- all there were: 300 MiB
+  end)
+end)
+
+describe("failures of workers", function()
+  local function open(text, o)
+    o = o or {}
+    o.dataset, o.batch_size = module("failing", text), o.batch_size or 2
+    return data.loader(o)
+  end
+
+  it("in loading are raised where the loader is made", function()
+    fails("module 'no.such.module' not found", data.loader, { dataset = "no.such.module", batch_size = 1 })
+    fails("failing.lua:1: broken", open, "error 'broken'")
+    fails("failing.lua:1:.*expected", open, "return {")
+    fails("the module 'failing' gives a number, not a dataset", open, "return 5")
+    fails("the module 'failing' gives a table, not a dataset", open, "return {size = 1}")
+    fails("its size is 1.5, an integer from 0 expected", open, "return {size = 1.5, get = print}")
+    fails("the module 'failing' gives a table, not a function that takes options", open, "return {size = 1, get = print}",
+      { dataset_options = {} })
+    fails("has %d samples in worker 1 and %d in worker 2", open,
+      ("local f = io.open(%q, 'a'); f:write 'x'; f:close(); return {size = #io.open(%q):read 'a', get = print}")
+        :format(folder .. "/count", folder .. "/count"), { workers = 2 })
+    fails("collate: the module 'string' gives a table, not a function", open, "return {size = 1, get = print}",
+      { collate = "string" })
+    fails("dataset_options: .*a function", open, "return function() end", { dataset_options = { print } })
+    for count = 0, 1 do fails("failing.lua:1: broken", open, "error 'broken'", { workers = count }) end
+  end)
+
+  it("in a sample are raised where its batch is taken, with its position", function()
+    for count = 0, 3 do
+      local loader <close> = open("return {size = 9, get = function(_, i) if i == 6 then error 'bad image' end return i end}",
+        { workers = count })
+      local taken = 0
+      fails("loader_spec.lua:%d+: data.loader: sample 6: .*failing.lua:1: bad image", function()
+        for _ in loader:epoch(1) do taken = taken + 1 end
+      end)
+      assert.equal(2, taken)
+    end
+  end)
+
+  it("leave the loader as it was", function()
+    local loader <close> = open("return {size = 4, get = function(_, i) if i == 3 then error({}) end return i end}")
+    for _ = 1, 2 do
+      local next_batch = loader:epoch(1)
+      assert.same({ 1, 2 }, next_batch():tolist())
+      fails("sample 3: table", next_batch)
+      assert.is_nil(next_batch())
+    end
+  end)
+
+  it("that would end the program end a sample", function()
+    fails("sample 1: .*os.exit: a worker of a loader can't end the program",
+      open("return {size = 1, get = function() os.exit(3) end}"):epoch(1))
+    fails("sample 1: .*can't open another", open("local orepa = require 'orepa'; return {size = 1, get = function() " ..
+      "return orepa.data.loader{dataset = 'failing', batch_size = 1, workers = 1} end}"):epoch(1))
+  end)
+
+  it("are options of the wrong kind", function()
+    local set = { size = 1, get = print }
+    fails("got number", data.loader, { dataset = 5, batch_size = 1 })
+    fails("got table", data.loader, { dataset = { size = 1 }, batch_size = 1 })
+    fails("size is nil", data.loader, { dataset = { get = print }, batch_size = 1 })
+    fails("a dataset in a table runs on the main thread", data.loader, { dataset = set, batch_size = 1, workers = 2 })
+    fails("workers is %-1, an integer of at least 0", data.loader, { dataset = set, batch_size = 1, workers = -1 })
+    fails("prefetch is 0", data.loader, { dataset = "failing", batch_size = 1, workers = 1, prefetch = 0 })
+    fails("prefetch is what workers make ahead", data.loader, { dataset = set, batch_size = 1, prefetch = 2 })
+    fails("option 'padding' is for images in memory", data.loader, { dataset = set, batch_size = 1, padding = 2 })
+    fails("dataset_options are for a dataset that is named", data.loader, { dataset = set, batch_size = 1, dataset_options = {} })
+    fails("collate: a function or the name of a module", data.loader, { dataset = set, batch_size = 1, collate = 5 })
+    local images = data.images { images = orepa.zeros(1, 1, 1), labels = orepa.zeros({ 1 }, { dtype = "int64" }), classes = 1 }
+    fails("option 'collate' is for datasets in Lua", data.loader, { dataset = images, batch_size = 1, collate = print })
+    fails("threads, not 2147483647", function() data.loader({ dataset = images, batch_size = 1, workers = 1 << 40 }):epoch(1) end)
+    fails("epoch is nil", function() data.loader({ dataset = set, batch_size = 1 }):epoch() end)
+  end)
+end)
+
+-- ---- endings ----
+
+local SLOW = [[
+local orepa = require "orepa"
+return { size = 1000, get = function(self, i) return orepa.full({ 100 }, i) end }]]
+local STUCK = {
+  loop = "return { size = 4, get = function(self, i) if i > 1 then while true do end end return i end }",
+  caught = "return { size = 4, get = function(self, i) if i > 1 then while true do pcall(error, 1) end end return i end }",
+  coroutine = [[return { size = 4, get = function(self, i)
+    if i > 1 then coroutine.wrap(function() while true do end end)() end
+    return i
+  end }]],
+  resumed = [[return { size = 4, get = function(self, i)
+    local co = coroutine.create(function() while true do coroutine.yield() end end)
+    while i > 1 do pcall(coroutine.resume, co) end
+    return i
+  end }]],
+}
+
+describe("the end of an epoch", function()
+  local before
+  before_each(function() before = threads() end)
+
+  it("by break, an error or close joins the threads", function()
+    local images = data.images { images = orepa.zeros(100, 4, 4), labels = orepa.zeros({ 100 }, { dtype = "int64" }),
+      classes = 1 }
+    for _, dataset in ipairs { module("slow", SLOW), images } do
+      local loader = data.loader { dataset = dataset, batch_size = 2, workers = 3 }
+      for _ in loader:epoch(1) do -- luacheck: ignore 512
+        assert.is_true(threads() > before)
+        break
+      end
+      assert.equal(before, threads())
+      fails("stops here", function()
+        for _ in loader:epoch(1) do error "stops here" end
+      end)
+      assert.equal(before, threads())
+      local next_batch = loader:epoch(1)
+      next_batch()
+      assert.is_true(threads() > before)
+      loader:close()
+      assert.equal(before, threads())
+      fails("it was closed", next_batch)
+      fails("it was closed", loader.epoch, loader, 1)
+      loader:close()
+    end
+  end)
+
+  it("by a scope or the collector joins them too", function()
+    do
+      local loader <close> = data.loader { dataset = module("slow", SLOW), batch_size = 2, workers = 2 }
+      local first, second = loader:epoch(1), loader:epoch(2) -- two at a time have workers of their own
+      assert.same(first():tolist(), second():tolist())
+      assert.equal(before + 4, threads())
+    end
+    assert.equal(before, threads())
+    local function forgotten()
+      data.loader({ dataset = "slow", batch_size = 2, workers = 2 }):epoch(1)()
+    end
+    forgotten()
+    assert.equal(before, threads())
+  end)
+
+  it("keeps workers only where it was reached", function()
+    local loader <close> = data.loader { dataset = module("slow", SLOW), batch_size = 500, workers = 2 }
+    assert.equal(before + 2, threads())
+    batches(loader, 1)
+    assert.equal(before + 2, threads())
+  end)
+
+  for name, text in pairs(STUCK) do
+    it(("stops a sample without end (%s)"):format(name), function()
+      local loader = data.loader { dataset = module("stuck", text), batch_size = 1, workers = 2 }
+      for x in loader:epoch(1) do -- luacheck: ignore 512
+        assert.equal(1, x:item())
+        break
+      end
+      assert.equal(before, threads())
+      loader:close()
+      loader = nil -- luacheck: ignore
+      assert.equal(before, threads())
+    end)
+  end
+
+  it("stops a module that never loads", function()
+    local text = process.run_text(([[
+package.path = %q
+local orepa = require "orepa"
+local handle = orepa.loading.open_workers(2, 2, {dataset = "endless", batch_size = 1})
+assert(handle:ready(0.2) == false)
+handle:close()
+print("closed")]]):format(package.path), {}, { _ = module("endless", "while true do end") })
+    assert.equal("closed\n", text)
+  end)
+end)
+
+describe("the end of the program", function()
+  local ENDINGS = { ["falls off the end"] = "", ["os.exit"] = "os.exit(0)", ["os.exit that closes"] = "os.exit(0, true)",
+    ["an error"] = "error 'on purpose'" }
+  for how, last in pairs(ENDINGS) do
+    for _, dataset in ipairs { "slow", "stuck" } do
+      it(("in mid-epoch joins the workers (%s, %s)"):format(how, dataset), function()
+        module("slow", SLOW)
+        module("stuck", STUCK.loop)
+        local script = module("script", ([[
+package.path = %q
+local orepa = require "orepa"
+local loader = orepa.data.loader{dataset = %q, batch_size = 1, workers = 2}
+local images = orepa.data.images{images = orepa.zeros(100, 4, 4), labels = orepa.zeros({100}, {dtype = "int64"}), classes = 1}
+local others = orepa.data.loader{dataset = images, batch_size = 2, workers = 2}
+for x in others:epoch(1) do
+  for y in loader:epoch(1) do
+    print("one")
+    io.stdout:flush()
+    %s
+    goto out
+  end
+end
+::out::]]):format(package.path, dataset, last))
+        local text, code = process.run { ("%s/%s.lua"):format(folder, script) }
+        assert(text:find("^one\n"), text)
+        if how == "an error" then
+          assert(code == 1 and text:find("on purpose", 1, true), text)
+        else
+          assert.same({ "one\n", 0 }, { text, code })
+        end
+      end)
+    end
+  end
+
+  it("under lua5.4 is the same", function()
+    local lua = io.popen("command -v lua5.4"):read "l"
+    if not lua then return end
+    module("slow", SLOW)
+    module("stuck", STUCK.coroutine)
+    local script = module("script", ([[
+package.path, package.cpath = %q, %q
+local orepa = require "orepa"
+for _, dataset in ipairs { "slow", "stuck" } do
+  local loader = orepa.data.loader{dataset = dataset, batch_size = 1, workers = 2}
+  for x in loader:epoch(1) do print(x:sum():item()) break end
+end
+local loader = orepa.data.loader{dataset = "stuck", batch_size = 1}
+loader:epoch(1)()
+os.exit(7)]]):format(package.path, package.cpath))
+    local pipe = io.popen(("OMP_WAIT_POLICY=passive %s '%s/%s.lua' 2>&1"):format(lua, folder, script))
+    local text = pipe:read "a"
+    local _, _, code = pipe:close()
+    assert.same({ "100.0\n1\n", 7 }, { text, code })
+  end)
+end)
+
+describe("Ctrl-C", function()
+  local terminal = require "tests.spec.terminal"
+  local t
+  after_each(function() t:close() end)
+
+  it("at the prompt stops a wait for a batch, and everything is still there", function()
+    module("stuck", STUCK.loop)
+    t = terminal.open({}, folder)
+    t:prompt()
+    t:ask(("package.path = %q"):format(package.path))
+    t:ask "loader = orepa.data.loader{dataset = 'stuck', batch_size = 1, workers = 2}; seen = 0"
+    t:type "for x in loader:epoch(1) do seen = seen + 1; io.write('batch\\n'); io.flush() end\r"
+    t:expect "batch\r?\n"
+    t:type "\3"
+    assert.equal("^Cinterrupted\n", (t:prompt():match "[^\n]*\n$"))
+    assert.equal("1\n", (t:ask "seen"))
+    t:ask "for x in loader:epoch(1) do seen = seen + 1; break end"
+    assert.equal("2\n", (t:ask "seen"))
+    t:ask "collectgarbage(); collectgarbage()"
+    t:type "\4"
+    local _, code = t:finish()
+    assert.equal(0, code)
+  end)
+end)
+
+-- ---- images ----
+
+describe("threads for images", function()
+  it("change no batch", function()
+    orepa.manual_seed(1)
+    local set = data.images { images = orepa.rand(50, 3, 9, 7):mul(255):to("uint8"), labels = orepa.arange(50):to("int64"),
+      classes = 50 }
+    for _, o in ipairs { {}, { shuffle = true, augment = true, flip = true, padding = 2, crop = { 9, 7 } },
+      { mean = { 0.1, 0.2, 0.3 }, deviation = { 1, 2, 3 }, drop_last = true, shuffle = true } } do
+      o.dataset, o.batch_size, o.seed, o.workers = set, 8, 9, 0
+      local wanted = batches(data.loader(o), 2)
+      for count = 1, 3 do
+        o.workers, o.prefetch = count, 4 - count
+        assert.same(wanted, batches(data.loader(o), 2))
+        o.prefetch = nil
+      end
+      o.workers = nil
+      assert.same(wanted, batches(data.loader(o), 2))
+    end
+  end)
+
+  it("where memory runs out, batches are made without", function()
+    local text = process.run_text([[
+local orepa = require "orepa"
+local set = orepa.data.images{images = orepa.zeros(64, 256, 256), labels = orepa.zeros({64}, {dtype = "int64"}), classes = 1}
+orepa.empty_cache()
+orepa.set_memory_limit(orepa.memory().live + (24 << 20))
+collectgarbage "stop"
+local count = 0
+for epoch = 1, 4 do -- of 64 MiB, none of it released
+  for x in orepa.data.loader{dataset = set, batch_size = 16}:epoch(epoch) do count = count + x.shape[1] end -- 4 MiB each
+end
+print(count)]])
+    assert.equal("256\n", text)
+  end)
+end)
