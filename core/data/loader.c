@@ -14,6 +14,8 @@
 
 enum { MOST_THREADS = 1024, MOST_PREFETCH = 1 << 20 };
 
+#define STOPS_AGAIN 0.1 /* seconds */
+
 typedef struct {
   bool made;
   void *batch;   /* NULL: failed */
@@ -32,7 +34,7 @@ struct orepa_loader {
   pthread_mutex_t lock;
   pthread_cond_t work, made; /* something to do; something was done */
   loader_thread *threads;
-  int count, begun; /* threads; those whose begin has returned */
+  int count, begun, ended; /* threads; those whose begin has returned; those that do no more */
   bool stopping;
   batch_slot failure; /* of begin: `made` if there was one */
   uint64_t epoch;
@@ -110,6 +112,10 @@ static void *thread_run(void *argument) {
   if (!failed && source->end)
     source->end(state);
   loader_thread_end();
+  pthread_mutex_lock(&loader->lock);
+  loader->ended++;
+  pthread_cond_broadcast(&loader->made);
+  pthread_mutex_unlock(&loader->lock);
   return NULL;
 }
 
@@ -130,16 +136,41 @@ static bool start_threads(orepa_loader *loader, int count) {
   return !error;
 }
 
+static struct timespec after(double seconds) {
+  struct timespec at;
+  clock_gettime(CLOCK_MONOTONIC, &at);
+  const double most = 1e9;
+  seconds = seconds > 0 ? seconds < most ? seconds : most : 0;
+  at.tv_sec += (time_t)seconds;
+  at.tv_nsec += (long)(1e9 * (seconds - (double)(time_t)seconds));
+  at.tv_sec += at.tv_nsec / 1000000000;
+  at.tv_nsec %= 1000000000;
+  return at;
+}
+
+/* Whether all threads have ended, within so many seconds. */
+static bool have_ended(orepa_loader *loader, double seconds) {
+  const struct timespec end = after(seconds);
+  pthread_mutex_lock(&loader->lock);
+  while (loader->ended < loader->count && pthread_cond_timedwait(&loader->made, &loader->lock, &end) != ETIMEDOUT)
+    ;
+  bool ended = loader->ended == loader->count;
+  pthread_mutex_unlock(&loader->lock);
+  return ended;
+}
+
 static void stop_threads(orepa_loader *loader) {
   pthread_mutex_lock(&loader->lock);
   loader->stopping = true;
   pthread_cond_broadcast(&loader->work);
   pthread_mutex_unlock(&loader->lock);
-  for (int k = 0; k < loader->count && loader->source.stop; k++)
-    loader->source.stop(loader->source.context, k);
+  do
+    for (int k = 0; k < loader->count && loader->source.stop; k++)
+      loader->source.stop(loader->source.context, k);
+  while (!have_ended(loader, STOPS_AGAIN));
   for (int k = 0; k < loader->count; k++)
     pthread_join(loader->threads[k].handle, NULL);
-  loader->count = 0;
+  loader->count = loader->ended = 0;
 }
 
 /* ---- all that are open, for exit() ---- */
@@ -254,19 +285,7 @@ void orepa_loader_close(orepa_loader *loader) {
     source.close(source.context);
 }
 
-/* ---- waiting ---- */
-
-static struct timespec after(double seconds) {
-  struct timespec at;
-  clock_gettime(CLOCK_MONOTONIC, &at);
-  const double most = 1e9;
-  seconds = seconds > 0 ? seconds < most ? seconds : most : 0;
-  at.tv_sec += (time_t)seconds;
-  at.tv_nsec += (long)(1e9 * (seconds - (double)(time_t)seconds));
-  at.tv_sec += at.tv_nsec / 1000000000;
-  at.tv_nsec %= 1000000000;
-  return at;
-}
+/* ---- taking ---- */
 
 /* With the lock held: 1 as soon as `done` is true, 0 when time is up, -1 if there is nothing to wait for any more. */
 static int wait_for(orepa_loader *loader, bool (*done)(const orepa_loader *), double seconds) {

@@ -83,7 +83,8 @@ typedef struct {
   void *(*make)(void *state, uint64_t epoch, int64_t number);
   /* On each thread last, if begin did not fail. */
   void (*end)(void *state);
-  /* On the thread that closes: begin and make of this thread are to end soon, with a failure or not. */
+  /* On the thread that closes, again and again: begin and make of this thread, if it is in one, are to end soon, with a
+   * failure or not. */
   void (*stop)(void *context, int thread);
   /* A batch that nobody took; on any thread. */
   void (*drop)(void *batch);

@@ -226,26 +226,25 @@ Loader.__close = Loader.close
 document("data.loader", [[
   data.loader{dataset=, batch_size=, shuffle=, seed=, drop_last=, device=, workers=, prefetch=, ...} -> loader
   loader:epoch(n) iterates over the batches of a dataset, in an order that seed and n decide; with drop_last no batch is smaller.
-  batches and size say how many there are. The dataset is one of three:
-  - What data.images gives. Further options are those of data.image_batch: augment, padding, crop, flip, mean, deviation. A batch
-  is images and labels. workers (1) is the number of threads that prepare batches ahead; 0: none.
-  - A table {size = n, get = function(self, i) ... end}, on the main thread. get(i), i from 1 to size, gives a sample: one or more
-  tensors, numbers, strings, booleans or tables of these, in each sample alike. A batch has as many values: tensors of one shape
-  are stacked along a new first dimension, integers become an int64 tensor, other numbers float32, booleans bool, strings a list,
-  and a table one of what its entries become. With `collate` it is what collate(samples) gives: samples[k] is a list of what get
-  gave, of whatever shapes.
-  - The name of a module that gives such a table, or a function that makes it of `dataset_options`. It runs in `workers` (1)
-  threads, each with a Lua state of its own that has loaded the module; 0: on the main thread. Only tensors (the same memory, not
-  to be written any more where they come from), numbers, strings, booleans and tables of these go from state to state. So collate
-  is the name of a module that gives the function, or a function, which is called on the main thread.
-  At most `prefetch` batches (twice the workers) are made ahead. Batches depend on neither: in get, orepa.rand, math.random and
-  what else draws follows from seed, n and i alone, in collate from seed, n and the batch. No graph is recorded in either. An
-  error names the sample, and is raised where its batch is taken. The end of the loop, whatever ends it, or of the program, stops
-  what runs ahead; loader:close() or `local loader <close>` stops the workers.
+  loader.size and loader.batches say how many samples and batches there are. Batches depend on seed and n alone, never on workers,
+  the number of threads that make at most `prefetch` batches (twice the workers) ahead.
+  The dataset is what data.images gives, with the further options of data.image_batch: augment, padding, crop, flip, mean,
+  deviation. A batch is images and labels. workers is 1; with 0 batches are made when they are taken.
+  Or it is a table {size = n, get = function(self, i) ... end}, on the main thread. get(i), i from 1 to size, gives a sample: one
+  or more tensors, numbers, strings, booleans or tables of these, in each sample alike. A batch has as many values: tensors of one
+  shape are stacked along a new first dimension, integers become an int64 tensor, other numbers float32, booleans bool, strings a
+  list, and a table one of what its entries become. With `collate` it is what collate(samples) gives, samples[k] being the list of
+  what get gave for one. What get draws follows from seed, n and i alone, what collate draws from seed, n and the batch.
+  Or it is the name of a module that gives such a table, or a function that makes it of `dataset_options`. It runs in `workers`
+  threads (1) with a Lua state each; 0: on the main thread. Only tensors (the same memory), numbers, strings, booleans and tables of
+  these go from state to state; collate is the name of a module that gives the function, or a function for the main thread.
+  An error names the sample, and is raised where its batch is taken. docs/data.md has more.
   > local d = data.images{images = orepa.zeros(4, 8, 8), labels = orepa.zeros({4}, {dtype = "int64"}), classes = 2}
   > for images, labels in data.loader{dataset = d, batch_size = 3, shuffle = true}:epoch(1) do assert(#images == #labels) end
   > local squares = {size = 5, get = function(self, i) return orepa.full({2}, i), i * i end}
-  > for x, y in data.loader{dataset = squares, batch_size = 2, shuffle = true}:epoch(1) do assert(x.shape[1] == y.shape[1]) end]])
+  > for x, y in data.loader{dataset = squares, batch_size = 2, shuffle = true}:epoch(1) do assert(x.shape[1] == y.shape[1]) end
+  > local loader <close> = data.loader{dataset = "orepa.datasets.shapes", dataset_options = {size = 9}, batch_size = 3}
+  > for images, labels in loader:epoch(1) do assert(images.shape[1] == labels.shape[1]) end]])
 document("loader:epoch", [[
   loader:epoch(n) -> iterator
   The batches of epoch n, whose order and augmentation follow from the loader's seed and n.

@@ -354,6 +354,34 @@ end]])
     end
   end)
 
+  it("make the pictures of orepa.datasets.shapes", function()
+    local function pictures(count, epoch)
+      local loader <close> = data.loader { dataset = "orepa.datasets.shapes", dataset_options = { size = 7, side = 9 },
+        batch_size = 7, workers = count }
+      return batches(loader, epoch)[1]
+    end
+    local one = pictures(1, 1)
+    assert.same({ 1, 2, 0, 1, 2, 0, 1 }, one[2].values)
+    assert.same({ 7, 1, 9, 9 }, orepa.tensor(one[1].values).shape)
+    assert.same(one, pictures(0, 1))
+    assert.same(one, pictures(2, 1))
+    assert.not_same(one, pictures(1, 2))
+    fails("shapes: side is 3", data.loader, { dataset = "orepa.datasets.shapes", dataset_options = { side = 3 }, batch_size = 1 })
+  end)
+
+  it("may use a tensor again for the next sample", function()
+    local name = module("again", [[
+local orepa = require "orepa"
+local buffer = orepa.zeros(3)
+return { size = 4, get = function(_, i) return buffer:fill_(i) end }]])
+    for _, batch_size in ipairs { 1, 4 } do
+      local loader <close> = data.loader { dataset = name, batch_size = batch_size }
+      local sum = 0
+      for x in loader:epoch(1) do sum = sum + x:sum():item() end
+      assert.equal(batch_size == 1 and 30 or 48, sum) -- within a batch it is one tensor
+    end
+  end)
+
   it("keep memory flat", function()
     local name = module("large", [[
 local orepa = require "orepa"
@@ -526,6 +554,17 @@ describe("the end of an epoch", function()
       assert.equal(before, threads())
     end)
   end
+
+  it("stops a sample that waits for a pipe", function()
+    os.execute(("mkfifo '%s/pipe'"):format(folder))
+    local name = module("waiting", ("return { size = 4, get = function(_, i) if i > 1 then io.open(%q) end return i end }")
+      :format(folder .. "/pipe"))
+    local loader <close> = data.loader { dataset = name, batch_size = 1, workers = 2 }
+    local next_batch = loader:epoch(1)
+    assert.equal(1, next_batch():item())
+    loader:close()
+    assert.equal(before, threads())
+  end)
 
   it("stops a module that never loads", function()
     local text = process.run_text(([[
