@@ -33,8 +33,8 @@ typedef struct {
   int64_t packed_mark, packed_shape[4]; /* of what was packed */
   uint64_t packed_version;              /* when it was packed, or asked for the first time */
   bool handed_over;                     /* to another thread: loaders' threads write it no more */
-  atomic_bool
-      viewed_in_graph; /* a view of it was made while a graph was recorded: in-place ops with gradients are refused */
+  /* A view of it was made while a graph was recorded: in-place ops with gradients are refused. */
+  atomic_bool viewed_in_graph;
 } tensor_storage;
 
 struct orepa_tensor {
