@@ -105,8 +105,7 @@ static int l_call(lua_State *L) {
   if (interrupted) {
     lua_gc(L, LUA_GCCOLLECT); /* nothing that was to be closed could be: threads of loaders above all */
     fputs("interrupted\n", stderr);
-  }
-  else if (status != LUA_OK)
+  } else if (status != LUA_OK)
     report(L);
   if (interrupted || status != LUA_OK)
     lua_pushboolean(L, false);
