@@ -32,7 +32,7 @@ int device_check(device_status status, const orepa_device *device, const char *o
 }
 
 const char *orepa_build_info(void) {
-  static char text[512];
+  static _Thread_local char text[512];
   snprintf(text, sizeof text, "oneDNN %s, zlib %s, jansson %s, OpenMP, %d threads\n%s", onednn_version(), zlibVersion(),
            JANSSON_VERSION, orepa_threads(), cpu_features_text());
   return text;

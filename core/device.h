@@ -319,7 +319,7 @@ struct orepa_device {
 const orepa_device *ref_device(void);
 const orepa_device *cpu_device(void);
 
-/* The one context of a device, made when it is first asked for. */
+/* The one context of a device, made when it is first asked for; a loader's thread has one of its own. */
 device_context *device_context_of(const orepa_device *device);
 
 /* Turns a status into 0, or -1 with a message: "conv2d: the device 'cpu' does not support float64". */

@@ -20,6 +20,10 @@ bool orepa_error_is_out_of_memory(void) {
   return out_of_memory;
 }
 
+int orepa_fail(const char *text) {
+  return error_set("%s", text);
+}
+
 /* Formatted aside first: an argument may be the old message. */
 static void leave(const char *format, va_list arguments, bool memory) {
   char text[MESSAGE_SIZE];

@@ -26,6 +26,7 @@ parser:option("--padding", "random crops of images padded by this many pixels", 
 parser:option("--held-out", "training images held out for validation", 5000):convert(math.tointeger)
 parser:option("--seed", "seed of weights and order", 1):convert(math.tointeger)
 parser:option("--threads", "threads of the kernels"):convert(math.tointeger)
+parser:option("--workers", "threads that prepare batches ahead", 1):convert(math.tointeger)
 parser:option("--precision", "what convolutions compute in: float32, or bf16 where the device gains by it", "float32")
   :choices { "float32", "bf16" }
 parser:option("--device", "where it runs", "cpu")
@@ -44,7 +45,7 @@ local net = models.create(args.model, { reparam = args.reparam, classes = set.cl
 net:to(args.device)
 
 local function loader(dataset, o)
-  o.dataset, o.mean, o.deviation, o.device = dataset, set.mean, set.deviation, args.device
+  o.dataset, o.mean, o.deviation, o.device, o.workers = dataset, set.mean, set.deviation, args.device, args.workers
   return data.loader(o)
 end
 local batches = loader(set.train, { batch_size = args.batch_size, shuffle = true, seed = args.seed, augment = true, flip = true,

@@ -5,6 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "loader_thread.h"
+
 static _Thread_local bool grad_enabled = true;
 static _Thread_local autograd_node *stand_in;
 static atomic_ullong nodes_made;
@@ -15,7 +17,7 @@ bool orepa_grad_enabled(void) {
 
 bool orepa_set_grad_enabled(bool on) {
   bool was = grad_enabled;
-  grad_enabled = on;
+  grad_enabled = on && !loader_thread_here();
   return was;
 }
 

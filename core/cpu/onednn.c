@@ -29,7 +29,7 @@ static void open_library(void) {
 }
 
 const char *onednn_version(void) {
-  static char text[32];
+  static _Thread_local char text[32];
   const dnnl_version_t *version = dnnl_version();
   snprintf(text, sizeof text, "%d.%d.%d", version->major, version->minor, version->patch);
   return text;

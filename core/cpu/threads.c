@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "error.h"
+#include "loader_thread.h"
 
 enum { MAX_THREADS = 4096, TEXT = 4096 };
 
@@ -109,12 +110,19 @@ void threads_begin(void) {
   pthread_once(&once, set_default);
 }
 
+void threads_serial(void) {
+  threads_begin(); /* else a later one would have the last word */
+  omp_set_num_threads(1);
+}
+
 int orepa_threads(void) {
   threads_begin();
   return omp_get_max_threads();
 }
 
 int orepa_set_threads(int count) {
+  if (loader_thread_here())
+    return error_set("set_threads: kernels run on one thread where a loader makes batches");
   if (count < 1 || count > MAX_THREADS)
     return error_set("set_threads: 1 to %d threads, not %d", MAX_THREADS, count);
   threads_begin();

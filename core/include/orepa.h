@@ -49,6 +49,8 @@ typedef enum {
 OREPA_API const char *orepa_error(void);
 /* Whether that call failed because memory ran out: freeing some and calling again may then help. */
 OREPA_API bool orepa_error_is_out_of_memory(void);
+/* Leaves a message, for functions that the engine calls and that fail. Returns -1. */
+OREPA_API int orepa_fail(const char *message);
 
 /* ---- types ------------------------------------------------------------------------------------------------------- */
 

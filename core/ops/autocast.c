@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "loader_thread.h"
 #include "ops/ops.h"
 
 /* ---- the region ---- */
@@ -91,7 +92,7 @@ int op_autocast(int count, orepa_tensor *const *given, orepa_tensor **cast) {
   for (int k = 0; k < count; k++) {
     if (!given[k])
       continue;
-    bool parameter = k > 0 && casts && given[k]->dtype != dtype && tensor_is_whole(given[k]);
+    bool parameter = k > 0 && casts && given[k]->dtype != dtype && tensor_is_whole(given[k]) && !loader_thread_here();
     cast[k] = parameter ? kept_cast(given[k], dtype)
               : casts   ? orepa_to(given[k], dtype, device)
                         : orepa_retain(given[k]);

@@ -8,6 +8,7 @@
 #include <pthread.h>
 #include <stdlib.h>
 
+#include "loader_thread.h"
 #include "ranges.h"
 #include "tensor/tensor.h"
 
@@ -33,6 +34,9 @@ static device_books books[MAX_DEVICES];
 static atomic_int devices; /* only the books before it are looked at without the lock */
 static atomic_size_t live_everywhere;
 static pthread_mutex_t devices_lock = PTHREAD_MUTEX_INITIALIZER;
+
+/* A loader's thread has contexts of its own: scratch and offences belong to the call. */
+static _Thread_local device_context own_contexts[MAX_DEVICES];
 
 static void *workspace(device_context *context, size_t bytes) {
   if (bytes > context->workspace_bytes) {
@@ -68,7 +72,23 @@ static device_books *books_of(const orepa_device *device) {
 }
 
 device_context *device_context_of(const orepa_device *device) {
-  return &books_of(device)->context;
+  device_books *b = books_of(device);
+  if (!loader_thread_here())
+    return &b->context;
+  device_context *own = &own_contexts[b - books];
+  if (!own->device)
+    *own = (device_context){
+        .device = device, .workspace = workspace, .accurate = b->context.accurate, .offence_position = -1};
+  return own;
+}
+
+void allocator_end_thread(void) {
+  for (int k = 0; k < MAX_DEVICES; k++) {
+    device_context *own = &own_contexts[k];
+    if (own->device)
+      allocator_put(own->device, own->workspace_memory, own->workspace_bytes);
+    *own = (device_context){0};
+  }
 }
 
 /* The class of a size, and the size rounded up to it. */

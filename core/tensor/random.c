@@ -1,10 +1,16 @@
 /* random.c: the state of the random numbers; the numbers themselves are made by the devices (philox.h). */
 #include <pthread.h>
 
+#include "loader_thread.h"
 #include "tensor/tensor.h"
 
-static orepa_rng state;
+static orepa_rng shared;
+static _Thread_local orepa_rng own; /* of a loader's thread */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+
+static orepa_rng *state(void) {
+  return loader_thread_here() ? &own : &shared;
+}
 
 void orepa_manual_seed(uint64_t seed) {
   orepa_set_rng_state((orepa_rng){seed, 0});
@@ -12,21 +18,21 @@ void orepa_manual_seed(uint64_t seed) {
 
 orepa_rng orepa_rng_state(void) {
   pthread_mutex_lock(&lock);
-  orepa_rng now = state;
+  orepa_rng now = *state();
   pthread_mutex_unlock(&lock);
   return now;
 }
 
 void orepa_set_rng_state(orepa_rng wanted) {
   pthread_mutex_lock(&lock);
-  state = wanted;
+  *state() = wanted;
   pthread_mutex_unlock(&lock);
 }
 
 orepa_rng rng_draw(void) {
   pthread_mutex_lock(&lock);
-  orepa_rng now = state;
-  state.draws++;
+  orepa_rng now = *state();
+  state()->draws++;
   pthread_mutex_unlock(&lock);
   return now;
 }

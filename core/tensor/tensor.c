@@ -8,6 +8,7 @@
 
 #include "autograd/autograd.h"
 #include "dtype.h"
+#include "loader_thread.h"
 #include "tensor/promise.h"
 
 /* ---- types ---- */
@@ -248,6 +249,9 @@ int tensor_reads(orepa_tensor *t, device_array *array) {
 
 int tensor_writes(orepa_tensor *t, device_array *array) {
   tensor_storage *storage = t->storage;
+  if (loader_thread_here() && storage->handed_over)
+    return error_set("a loader's thread may not write to a tensor that another thread has as well (%s): clone it",
+                     tensor_text(t));
   if (storage_fill(storage) || promise_fill_readers(storage))
     return -1;
   storage->version++;
@@ -304,7 +308,7 @@ void tensor_packed(orepa_tensor *t, size_t bytes, int64_t mark, device_packed *p
   tensor_storage *storage = t->storage;
   device_array memory;
   *packed = (device_packed){NULL, false};
-  if (!tensor_is_whole(t))
+  if (!tensor_is_whole(t) || loader_thread_here())
     return;
   bool asked_before = storage->packed_version == storage->version;
   storage->packed_version = storage->version;

@@ -33,7 +33,9 @@ typedef struct {
   orepa_tensor *packed;                 /* a kernel as the device wants it; NULL: none */
   int64_t packed_mark, packed_shape[4]; /* of what was packed */
   uint64_t packed_version;              /* when it was packed, or asked for the first time */
-  bool viewed_in_graph; /* a view of it was made while a graph was recorded: in-place ops with gradients are refused */
+  bool handed_over;                     /* to another thread: loaders' threads write it no more */
+  /* A view of it was made while a graph was recorded: in-place ops with gradients are refused. */
+  atomic_bool viewed_in_graph;
 } tensor_storage;
 
 struct orepa_tensor {
@@ -72,7 +74,7 @@ void tensor_keep_cast(orepa_tensor *t, orepa_tensor *cast);
 orepa_tensor *tensor_kept_cast(orepa_tensor *t, orepa_dtype dtype);
 
 /* ---- a whole kernel as a device wants it (device.h), kept from the second time that it is asked for unchanged, until
- * it is written. Its memory is NULL as long as it is not kept. */
+ * it is written. Its memory is NULL as long as it is not kept, and always on a loader's thread. */
 void tensor_packed(orepa_tensor *t, size_t bytes, int64_t mark, device_packed *packed);
 /* What is kept was not made ready. */
 void tensor_drop_packed(orepa_tensor *t);
@@ -107,6 +109,8 @@ void tensor_drop_storage(orepa_tensor *t);
 /* ---- the allocator: blocks by size class, kept when freed (allocator.c) */
 void *allocator_get(const orepa_device *device, size_t bytes);
 void allocator_put(const orepa_device *device, void *memory, size_t bytes);
+/* Gives back the scratch of a loader's thread. */
+void allocator_end_thread(void);
 
 /* ---- random numbers */
 /* The number of the next draw. */

@@ -110,7 +110,7 @@ void bind_push(lua_State *L, orepa_tensor *t) {
  * bytes: `left` is the most that an earlier collection left, sinking by 1% at each, so that a peak is forgotten after a
  * while. */
 
-static double left;
+static _Thread_local double left; /* a worker of a loader has a heap of its own */
 
 static void collect(lua_State *L) {
   double start = orepa_clock();

@@ -143,6 +143,7 @@ void bind_optimizer_family(lua_State *L);
 void bind_file_family(lua_State *L);
 void bind_data_family(lua_State *L);
 void bind_image_family(lua_State *L);
+void bind_loader_family(lua_State *L);
 void bind_reparam_family(lua_State *L);
 void bind_trace_family(lua_State *L);
 

@@ -1,6 +1,5 @@
 /* data.c: idx files, the order of an epoch, batches. */
-#include "bind.h"
-#include "orepa_data.h"
+#include "data.h"
 
 static int l_load_idx(lua_State *L) {
   const char *path = luaL_checkstring(L, 1);
@@ -13,16 +12,14 @@ static int l_permutation(lua_State *L) {
   BIND_RETURN(L, orepa_permutation(count, (uint64_t)seed, (uint64_t)epoch));
 }
 
-enum { MAX_CHANNELS = 64 };
-
 /* A list of numbers, one a channel, in option `name`. */
 static int option_channels(lua_State *L, int options, const char *name, float *values) {
   if (!bind_option(L, options, name))
     return 0;
   luaL_checktype(L, -1, LUA_TTABLE);
   int count = (int)lua_rawlen(L, -1);
-  if (count > MAX_CHANNELS)
-    bind_error(L, "option '%s': %d channels, at most %d", name, count, MAX_CHANNELS);
+  if (count > BIND_MAX_CHANNELS)
+    bind_error(L, "option '%s': %d channels, at most %d", name, count, BIND_MAX_CHANNELS);
   for (int c = 0; c < count; c++) {
     lua_rawgeti(L, -1, c + 1);
     values[c] = (float)luaL_checknumber(L, -1);
@@ -32,27 +29,31 @@ static int option_channels(lua_State *L, int options, const char *name, float *v
   return count;
 }
 
+void bind_image_transform(lua_State *L, int options, const char *function, bind_image_options *o) {
+  static const int64_t whole[2] = {0, 0};
+  orepa_image_transform *transform = &o->transform;
+  *transform = (orepa_image_transform){0};
+  transform->padding = bind_option_integer(L, options, "padding", 0);
+  bind_option_pair(L, options, "crop", whole, transform->crop);
+  transform->flip = bind_option_boolean(L, options, "flip", false);
+  transform->augment = bind_option_boolean(L, options, "augment", false);
+  transform->seed = (uint64_t)bind_option_integer(L, options, "seed", 0);
+  transform->epoch = (uint64_t)bind_option_integer(L, options, "epoch", 0);
+  int means = option_channels(L, options, "mean", o->mean),
+      deviations = option_channels(L, options, "deviation", o->deviation);
+  if (means && deviations && means != deviations)
+    bind_error(L, "%s: %d means and %d deviations", function, means, deviations);
+  transform->mean = means ? o->mean : NULL;
+  transform->deviation = deviations ? o->deviation : NULL;
+  transform->channels = means ? means : deviations;
+}
+
 static int l_image_batch(lua_State *L) {
   static const char *const known[] = {"padding", "crop", "flip", "augment", "mean", "deviation", "seed", "epoch", NULL};
-  static const int64_t whole[2] = {0, 0};
-  float mean[MAX_CHANNELS], deviation[MAX_CHANNELS];
+  bind_image_options o;
   orepa_tensor *images = bind_tensor(L, 1), *indices = bind_tensor(L, 2);
-  int options = bind_options(L, 3, "image_batch", known);
-  orepa_image_transform transform = {0};
-  transform.padding = bind_option_integer(L, options, "padding", 0);
-  bind_option_pair(L, options, "crop", whole, transform.crop);
-  transform.flip = bind_option_boolean(L, options, "flip", false);
-  transform.augment = bind_option_boolean(L, options, "augment", false);
-  transform.seed = (uint64_t)bind_option_integer(L, options, "seed", 0);
-  transform.epoch = (uint64_t)bind_option_integer(L, options, "epoch", 0);
-  int means = option_channels(L, options, "mean", mean),
-      deviations = option_channels(L, options, "deviation", deviation);
-  if (means && deviations && means != deviations)
-    return bind_error(L, "image_batch: %d means and %d deviations", means, deviations);
-  transform.mean = means ? mean : NULL;
-  transform.deviation = deviations ? deviation : NULL;
-  transform.channels = means ? means : deviations;
-  BIND_RETURN(L, orepa_image_batch(images, indices, &transform));
+  bind_image_transform(L, bind_options(L, 3, "image_batch", known), "image_batch", &o);
+  BIND_RETURN(L, orepa_image_batch(images, indices, &o.transform));
 }
 
 static int l_label_batch(lua_State *L) {

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include "bind.h"
+#include "orepa_data.h"
 
 #define HELD "orepa.held_interrupt"
 
@@ -37,6 +38,8 @@ static int let_go(lua_State *L) {
 
 static int l_hold_interrupt(lua_State *L) {
   struct sigaction action;
+  if (orepa_on_loader_thread())
+    return bind_error(L, "hold_interrupt: a worker of a loader gets no signals");
   memset(&action, 0, sizeof action);
   action.sa_handler = on_signal;
   action.sa_flags = SA_RESTART;

@@ -20,6 +20,7 @@ int luaopen_orepa_core(lua_State *L) {
   bind_file_family(L);
   bind_data_family(L);
   bind_image_family(L);
+  bind_loader_family(L);
   bind_reparam_family(L);
   bind_push_indexing(L);
   lua_setfield(L, -2, "indexing");

@@ -344,6 +344,19 @@ static void *make_tensors(void *argument) {
   return NULL;
 }
 
+/* References and views alone: nothing but their counts puts what threads do in an order. */
+static void *count_references(void *argument) {
+  orepa_tensor *shared = argument;
+  for (int round = 0; round < 2000; round++) {
+    orepa_release(orepa_retain(shared));
+    orepa_tensor *view = orepa_select(shared, 0, 1);
+    if (!view)
+      return (void *)1;
+    orepa_release(view);
+  }
+  return NULL;
+}
+
 static void run_threads(void *(*function)(void *), void *argument) {
   pthread_t threads[THREADS];
   for (int k = 0; k < THREADS; k++)
@@ -386,6 +399,15 @@ static void test_threads_share_tensors(void **unused) {
   assert_int_equal(orepa_memory(CPU).live, live);
 }
 
+static void test_threads_count_references(void **unused) {
+  (void)unused;
+  size_t live = orepa_memory(CPU).live;
+  orepa_tensor *shared = full(CPU, SHAPE(2, 3), 1);
+  run_threads(count_references, shared);
+  orepa_release(shared);
+  assert_int_equal(orepa_memory(CPU).live, live);
+}
+
 int main(void) {
   const struct CMUnitTest tests[] = {
       TEST(test_a_block_wastes_an_eighth_at_most_and_is_reused),
@@ -403,6 +425,7 @@ int main(void) {
       TEST(test_threads_share_blocks_without_sharing_memory),
       TEST(test_threads_at_the_limit_stay_below_it),
       TEST(test_threads_share_tensors),
+      TEST(test_threads_count_references),
   };
   unsetenv("OREPA_REF_GUARD"); /* blocks are written to here */
   return cmocka_run_group_tests(tests, NULL, NULL);

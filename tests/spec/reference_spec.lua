@@ -12,7 +12,7 @@ describe("docs/reference.md", function()
 end)
 
 describe("the Lua in", function()
-  for _, path in ipairs { "README.md", "docs/blocks.md", "docs/seeing.md" } do
+  for _, path in ipairs { "README.md", "docs/blocks.md", "docs/data.md", "docs/seeing.md" } do
     it(path .. " runs", function()
       local file <close> = assert(io.open(path))
       local found = 0
