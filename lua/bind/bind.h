@@ -43,7 +43,7 @@ void bind_tidy(lua_State *L);
 bool bind_retry(lua_State *L);
 
 /* ---- traces: a binding's work on the engine is an event under the name of the function that Lua called */
-/* The function on top of the stack has this name, in traces; it lives for ever. */
+/* Gives the function on top of the stack its name in traces. */
 void bind_name(lua_State *L, const char *name);
 /* An event, or -1 while nothing is traced. The result may be NULL. */
 int64_t bind_begin_op(lua_State *L);
