@@ -90,14 +90,12 @@ static boolean on_end(j_decompress_ptr jpeg) {
 
 static void skip_bytes(j_decompress_ptr jpeg, long count) {
   struct jpeg_source_mgr *bytes = jpeg->src;
-  if (count <= 0)
-    return;
-  if ((size_t)count > bytes->bytes_in_buffer) {
+  if (count > 0 && (size_t)count > bytes->bytes_in_buffer) {
     on_end(jpeg);
-    return;
+  } else if (count > 0) {
+    bytes->next_input_byte += count;
+    bytes->bytes_in_buffer -= (size_t)count;
   }
-  bytes->next_input_byte += count;
-  bytes->bytes_in_buffer -= (size_t)count;
 }
 
 static void find_orientation(jpeg_reading *r) {

@@ -133,9 +133,9 @@ static const bind_row rows[] = {
      "path never holds half a file. `names` gives the order, sorted if it is left out.\n"
      "> orepa.save(os.tmpname(), {x = orepa.ones(2)}, {origin = \"example\"})"},
     {"write_file", l_write_file,
-     "write_file(path, text)\nWrites a file of any bytes as orepa.save does: beside the path, synced, then renamed, so "
-     "that "
-     "the path never holds half a file.\n"
+     "write_file(path, text)\n"
+     "Writes a file of any bytes as orepa.save does: beside the path, synced, then renamed, so that the path never "
+     "holds half a file.\n"
      "> orepa.write_file(os.tmpname(), \"all or nothing\")"},
     {NULL, NULL, NULL},
 };

@@ -119,13 +119,11 @@ static const bind_row rows[] = {
      "A PNG or JPEG picture, which its first bytes say, as uint8 (C, H, W): 3 channels for colour, 1 for gray. With "
      "dtype = \"float32\" from 0 to 1: bytes / 255, and 16-bit samples / 65535, which are rounded to 8 bits else. "
      "channels = 1, 3 or 4 converts: gray is 0.299 R + 0.587 G + 0.114 B, the fourth is opacity, 255 where there is "
-     "none. "
-     "Without 4 channels opacity is dropped, not mixed with a background. The picture is turned as EXIF says unless "
-     "orientation = false. indices = true gives the indices of a PNG's palette, (1, H, W), in place of its colours. "
-     "at_least = {height, width} lets a JPEG come at 1/2, 1/4 or 1/8 of its size, which is faster, where that is as "
-     "large "
-     "still; others come whole. CMYK becomes colour; gamma and colour profiles are not applied. A file that is cut off "
-     "or damaged is an error.\n"
+     "none. Without 4 channels opacity is dropped, not mixed with a background. The picture is turned as EXIF says "
+     "unless orientation = false. indices = true gives the indices of a PNG's palette, (1, H, W), in place of its "
+     "colours. at_least = {height, width} lets a JPEG come at 1/2, 1/4 or 1/8 of its size, which is faster, where "
+     "that is as large still; others come whole. CMYK becomes colour; gamma and colour profiles are not applied. A "
+     "file that is cut off or damaged is an error.\n"
      "> local p = os.tmpname(); orepa.image.save(p, orepa.rand(3, 4, 5), {format = \"png\"}); return "
      "orepa.image.load(p)"},
     {"decode", l_decode,
@@ -134,12 +132,10 @@ static const bind_row rows[] = {
      "> orepa.image.decode(orepa.image.encode(orepa.rand(3, 4, 5)))"},
     {"save", l_save,
      "image.save(path, t, {format=, quality=, compression=})\n"
-     "Writes a picture (H, W) or (C, H, W), C being 1, 3 or, for PNG, 4 with opacity: uint8 as it is; floats from 0 to "
-     "1, "
-     "rounded to bytes, where what is outside is clamped and NaN is 0; bool as black and white. The name's ending says "
-     ".png, .jpg or .jpeg, unless format = \"png\" or \"jpeg\" does. quality (90) is a JPEG's, 1 to 100; compression "
-     "(6) "
-     "a PNG's, 1 to 9. The file is written beside the path, synced, then renamed.\n"
+     "Writes a picture (H, W) or (C, H, W), C being 1, 3 or, for PNG, 4 with opacity: uint8 as it is; floats from 0 "
+     "to 1, rounded to bytes, where what is outside is clamped and NaN is 0; bool as black and white. The name's "
+     "ending says .png, .jpg or .jpeg, unless format = \"png\" or \"jpeg\" does. quality (90) is a JPEG's, 1 to "
+     "100; compression (6) a PNG's, 1 to 9. The file is written beside the path, synced, then renamed.\n"
      "> orepa.image.save(os.tmpname(), orepa.rand(3, 4, 5), {format = \"jpeg\", quality = 75})"},
     {"encode", l_encode,
      "image.encode(t, {format=, quality=, compression=}) -> string\n"

@@ -76,7 +76,7 @@ static void decode(const uint8_t *bytes, size_t size, const orepa_image_options 
 static void decode_all_ways(const uint8_t *bytes, size_t size) {
   decode(bytes, size, &(orepa_image_options){0}, true);
   decode(bytes, size, &(orepa_image_options){.channels = 4, .as_float = true}, false);
-  decode(bytes, size, &(orepa_image_options){.channels = 1, .as_stored = true, .at_least = {1, 1}}, true);
+  decode(bytes, size, &(orepa_image_options){.channels = 1, .as_stored = true, .at_least = {5, 5}}, true);
   decode(bytes, size, &(orepa_image_options){.indices = true}, false);
 }
 

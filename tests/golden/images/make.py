@@ -1,5 +1,5 @@
-"""Writes small pictures of every kind into tests/fuzz/seeds/image, and what Pillow (12, with libjpeg-turbo 3.2) and the definition
-of PNG say of their pixels into expected.json: {file: {"shape": ..., "bytes": hex}} in several variants; and resized.json.
+"""Writes small pictures of every kind into tests/fuzz/seeds/image, and what Pillow (13, with libjpeg-turbo 3.2) and the
+definition of PNG say of their pixels into expected.json: {file: {"shape": ..., "bytes": hex}} in several variants; and resized.json.
 
     python make.py        needs Pillow, NumPy, and jpegtran of libjpeg-turbo-progs
 """
@@ -230,6 +230,11 @@ def broken():
     write("checksum.png", whole[:-20] + bytes([whole[-20] ^ 1]) + whole[-19:])
     write("cut.jpg", (SEEDS / "420.jpg").read_bytes()[:-60])
     write("cut_progressive.jpg", (SEEDS / "progressive.jpg").read_bytes()[:-2])
+    three = (SEEDS / "444.jpg").read_bytes()
+    frame, scan = three.index(b"\xff\xc0"), three.index(b"\xff\xda")
+    two = [three[:frame], b"\xff\xc0\0\x0e", three[frame + 4:frame + 9], b"\2", three[frame + 10:frame + 16],
+           three[frame + 19:scan], b"\xff\xda\0\x0a\2", three[scan + 5:scan + 9], three[scan + 11:]]
+    write("two_components.jpg", b"".join(two))
     turned = (SEEDS / "turned.png").read_bytes()
     length = turned.index(b"eXIf") - 4
     write("claim_exif.png", turned[:length] + struct.pack(">I", 2**27) + turned[length + 4:])
