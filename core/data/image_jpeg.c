@@ -143,7 +143,11 @@ static int choose_colours(jpeg_reading *r) {
 }
 
 static int read_header(jpeg_reading *r) {
-  enum { MOST_PIXELS = 8 * DCTSIZE2 /* Huffman codes have a bit at least, and each block has one */ };
+  /* Huffman codes have a bit at least, and each block has one. Arithmetic codes have no such limit: 4096 x 4096 pixels
+   * of one colour are 216 bytes. A little more for each byte is believed, but not what would keep the decoder busy for
+   * ever.
+   */
+  enum { MOST_PIXELS = 8 * DCTSIZE2, MOST_ARITHMETIC_PIXELS = 1 << 17 };
   image_source *source = r->source;
   jpeg_save_markers(&r->jpeg, JPEG_APP0 + 1, 0xffff);
   jpeg_read_header(&r->jpeg, TRUE);
@@ -153,7 +157,7 @@ static int read_header(jpeg_reading *r) {
   source->raster.width = r->jpeg.image_width;
   if (source->options->indices)
     return error_set("%s: is a JPEG: its pixels are colours, not indices of a palette", source->name);
-  if (!r->jpeg.arith_code && image_check_size(source, MOST_PIXELS))
+  if (image_check_size(source, r->jpeg.arith_code ? MOST_ARITHMETIC_PIXELS : MOST_PIXELS))
     return -1;
   choose_scale(r);
   return choose_colours(r);

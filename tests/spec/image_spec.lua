@@ -83,6 +83,7 @@ describe("a picture", function()
     local function refused(name, pattern) fails(folder .. name .. ": " .. pattern, image.load, folder .. name) end
     refused("cut.png", "is cut off: it ends after 148 bytes, before its picture does")
     refused("claim.png", "claims 2147483647 x 2147483647 pixels, more than its %d+ bytes can hold")
+    refused("claim_arithmetic.jpg", "claims 60000 x 60000 pixels, more than its %d+ bytes can hold")
     refused("checksum.png", "is damaged, near byte 162: IDAT: incorrect data check")
     refused("cut.jpg", "is cut off: it ends after 731 bytes")
     refused("cut_progressive.jpg", "is cut off: it ends after 708 bytes")

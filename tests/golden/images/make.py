@@ -1,5 +1,6 @@
 """Writes small pictures of every kind into tests/fuzz/seeds/image, and what Pillow (13, with libjpeg-turbo 3.2) and the
-definition of PNG say of their pixels into expected.json: {file: {"shape": ..., "bytes": hex}} in several variants; and resized.json.
+definition of PNG say of their pixels into expected.json: {file: {"shape": ..., "bytes": hex}} in several variants; and
+resized.json.
 
     python make.py        needs Pillow, NumPy, and jpegtran of libjpeg-turbo-progs
 """
@@ -230,6 +231,9 @@ def broken():
     write("checksum.png", whole[:-20] + bytes([whole[-20] ^ 1]) + whole[-19:])
     write("cut.jpg", (SEEDS / "420.jpg").read_bytes()[:-60])
     write("cut_progressive.jpg", (SEEDS / "progressive.jpg").read_bytes()[:-2])
+    arithmetic = (SEEDS / "arithmetic.jpg").read_bytes()
+    size = arithmetic.index(b"\xff\xc9") + 5
+    write("claim_arithmetic.jpg", arithmetic[:size] + struct.pack(">HH", 60000, 60000) + arithmetic[size + 4:])
     three = (SEEDS / "444.jpg").read_bytes()
     frame, scan = three.index(b"\xff\xc0"), three.index(b"\xff\xda")
     two = [three[:frame], b"\xff\xc0\0\x0e", three[frame + 4:frame + 9], b"\2", three[frame + 10:frame + 16],
