@@ -28,6 +28,8 @@ static int check(const char *op, const orepa_tensor *x, const orepa_tensor *weig
 
 /* ---- backward ---- */
 
+static const autograd_op layer_norm_op;
+
 static int norm_backward(autograd_node *node, orepa_tensor *given, orepa_tensor **dx) {
   const orepa_device *device = given->storage->device;
   bool weighted = node->saved[3].tensor.storage != NULL;
@@ -45,8 +47,9 @@ static int norm_backward(autograd_node *node, orepa_tensor *given, orepa_tensor 
       failed = !(dx[k] = k ? tensor_new(op_channel_dtype(x), device, 1, &x->shape[1]) : tensor_like(x)) ||
                tensor_writes(dx[k], &to[k]);
   if (!failed)
-    failed = DISPATCH("group_norm's gradient", x->dtype, device, group_norm_backward, dx[0] ? &to[0] : NULL,
-                      dx[1] ? &to[1] : NULL, dx[2] ? &to[2] : NULL, &arriving, &from, &m, &s, weight ? &w : NULL);
+    failed = DISPATCH(node->op == &layer_norm_op ? "layer_norm's gradient" : "group_norm's gradient", x->dtype, device,
+                      group_norm_backward, dx[0] ? &to[0] : NULL, dx[1] ? &to[1] : NULL, dx[2] ? &to[2] : NULL,
+                      &arriving, &from, &m, &s, weight ? &w : NULL);
   orepa_release(dy);
   return failed ? -1 : 0;
 }
