@@ -3,6 +3,7 @@
 
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "orepa_trace.h"
@@ -137,9 +138,22 @@ void bind_note_place(lua_State *L) {
   lua_pop(L, 2);
 }
 
+static bool stressed; /* a collection before each op */
+
+void bind_stress(lua_State *L) {
+  const char *how = getenv("OREPA_STRESS");
+  bool each = how && !strcmp(how, "gc");
+  if (stressed != each) /* workers' states read it meanwhile */
+    stressed = each;
+  if (how && !strcmp(how, "generational"))
+    lua_gc(L, LUA_GCGEN, 0, 0);
+  else if (how && *how && !each)
+    bind_error(L, "OREPA_STRESS is '%s'; gc or generational expected", how);
+}
+
 void bind_collect(lua_State *L) {
   bind_note_place(L);
-  if ((double)orepa_memory_live() > 1.05 * left + (16 << 20))
+  if (stressed || (double)orepa_memory_live() > 1.05 * left + (16 << 20))
     collect(L);
 }
 

@@ -4,6 +4,7 @@
 __attribute__((visibility("default"))) int luaopen_orepa_core(lua_State *L);
 
 int luaopen_orepa_core(lua_State *L) {
+  bind_stress(L);
   lua_newtable(L);
   bind_tensor_family(L);
   bind_view_family(L);

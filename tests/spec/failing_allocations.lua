@@ -231,6 +231,89 @@ local calls = {
       return read
     end
   end,
+  grad = function()
+    local a, b = trained(3, 4), trained(4)
+    return { a, b }, function()
+      local h = a * b
+      return orepa.grad({ h:exp():sum(), (h - b):sum() }, { a, h, b }, { retain_graph = true })
+    end
+  end,
+  grad_through_checkpoint = function()
+    local a, w = trained(3, 4), trained(4)
+    return { a, w }, function()
+      return orepa.grad(orepa.checkpoint(function(x) return (x * w):exp() end, a):sum(), { w, a })
+    end
+  end,
+  grad_unused = function()
+    local a, w = trained(3, 4), trained(4)
+    return { a, w }, function() return orepa.grad(a:sum(), { w, a }, { allow_unused = true })[2] end
+  end,
+  hooks = function()
+    local a = trained(3, 4)
+    return { a }, function()
+      a.grad = nil
+      local h = a * 2
+      local hook = a:register_hook(function(g) return g * 2 end)
+      local one <close> = setmetatable({}, { __close = function() hook:remove() end })
+      h:register_hook(function(g) return g + 1 end)
+      h:register_hook(function() end):remove()
+      h:retain_grad();
+      (h * h):sum():backward()
+      local dh, da = h.grad, a.grad
+      a.grad = nil
+      return dh, da
+    end
+  end,
+  Function = function()
+    local a, b = trained(3, 4), trained(4)
+    local op = orepa.Function { name = "op", forward = function(ctx, x, k, y)
+      local e = x:exp() * k
+      ctx:save(e, y)
+      ctx.e = e
+      return e * y, x + y, x:argmax(2)
+    end, backward = function(ctx, dp, ds)
+      local e, y = ctx:saved()
+      return dp * e * y + ds, nil, (dp * e + ds):sum(1)
+    end }
+    return { a, b }, function()
+      local p, s = op(a, 2, b)
+      return { orepa.grad((p * s):sum(), { a, b }) }
+    end
+  end,
+  Function_in_checkpoint = function()
+    local a = trained(3, 4)
+    local op = orepa.Function { forward = function(ctx, x) ctx:save(x) return x * x end,
+      backward = function(ctx, dy) return dy * ctx:saved() * 2 end }
+    return { a }, function() return orepa.grad(orepa.checkpoint(function(x) return op(op(x)) end, a):sum(), a) end
+  end,
+  make_Function = function() return {}, function() orepa.Function { forward = print, backward = print, name = "n" } end end,
+  gradcheck = function()
+    local a = trained(2, 2)
+    return { a }, function() return { tostring(orepa.gradcheck(function(x) return x * x, x:sum() end, { a })) } end
+  end,
+  detect_anomaly = function()
+    local a = trained(3, 4)
+    return { a }, function()
+      return orepa.detect_anomaly(function()
+        local h = a * a
+        return orepa.grad(h:exp():sum(), a)
+      end)
+    end
+  end,
+  anomaly = function()
+    local a = trained(3, 4)
+    return { a }, function()
+      local ok, message = pcall(orepa.detect_anomaly, function() return (a * 0):log() end)
+      if message:find "memory" then error(message, 0) end
+      return { message }
+    end
+  end,
+  guard = function()
+    return {}, function()
+      local _ <close> = orepa.detect_anomaly()
+      return orepa.ones(2)
+    end
+  end,
 }
 for _, kind in ipairs { "SGD", "AdamW", "RMSprop" } do
   calls["step_of_" .. kind] = function()
