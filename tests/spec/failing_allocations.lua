@@ -254,7 +254,7 @@ local calls = {
       a.grad = nil
       local h = a * 2
       local hook = a:register_hook(function(g) return g * 2 end)
-      local one <close> = setmetatable({}, { __close = function() hook:remove() end })
+      local _ <close> = setmetatable({}, { __close = function() hook:remove() end })
       h:register_hook(function(g) return g + 1 end)
       h:register_hook(function() end):remove()
       h:retain_grad();
@@ -303,7 +303,7 @@ local calls = {
   anomaly = function()
     local a = trained(3, 4)
     return { a }, function()
-      local ok, message = pcall(orepa.detect_anomaly, function() return (a * 0):log() end)
+      local _, message = pcall(orepa.detect_anomaly, function() return (a * 0):log() end)
       if message:find "memory" then error(message, 0) end
       return { message }
     end
