@@ -236,8 +236,8 @@ document("data.loader", [[
   list, and a table one of what its entries become. With `collate` it is what collate(samples) gives, samples[k] being the list of
   what get gave for one. What get draws follows from seed, n and i alone, what collate draws from seed, n and the batch.
   Or it is the name of a module that gives such a table, or a function that makes it of `dataset_options`. It runs in `workers`
-  threads (1) with a Lua state each; 0: on the main thread. Only tensors (the same memory), numbers, strings, booleans and tables of
-  these go from state to state; collate is the name of a module that gives the function, or a function for the main thread.
+  threads (1) with a Lua state each; 0: on the main thread. Only tensors (the same memory), numbers, strings, booleans and tables
+  of these go from state to state; collate is the name of a module that gives the function, or a function for the main thread.
   An error names the sample, and is raised where its batch is taken. docs/data.md has more.
   > local d = data.images{images = orepa.zeros(4, 8, 8), labels = orepa.zeros({4}, {dtype = "int64"}), classes = 2}
   > for images, labels in data.loader{dataset = d, batch_size = 3, shuffle = true}:epoch(1) do assert(#images == #labels) end
