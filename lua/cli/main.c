@@ -102,10 +102,9 @@ static int l_call(lua_State *L) {
   bool interrupted;
   lua_settop(L, 1);
   int status = interrupt_call(L, &interrupted);
-  if (interrupted) {
-    lua_gc(L, LUA_GCCOLLECT); /* nothing that was to be closed could be: threads of loaders above all */
+  if (interrupted)
     fputs("interrupted\n", stderr);
-  } else if (status != LUA_OK)
+  else if (status != LUA_OK)
     report(L);
   if (interrupted || status != LUA_OK)
     lua_pushboolean(L, false);
