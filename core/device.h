@@ -8,6 +8,7 @@
 #define OREPA_CORE_DEVICE_H
 
 #include "orepa.h"
+#include "signals.h"
 #include "timings.h"
 
 #define DEVICE_TABLE_VERSION 1
@@ -329,8 +330,10 @@ int device_check(device_status status, const orepa_device *device, const char *o
 static inline void dispatch_begin(void) {
   if (timings_wanted())
     timings_begin();
+  signals_hold();
 }
 static inline device_status dispatch_end(device_status status, const char *op, const char *entry) {
+  signals_release();
   if (timings_wanted())
     timings_end(op, entry);
   return status;

@@ -14,6 +14,7 @@ static double (*const chains[CPU_ISAS])(int64_t steps, float *value) = CPU_EACH_
 /* Operations a second of one round on all threads. */
 static double round_rate(int threads, int64_t steps) {
   double operations = 0, start = orepa_clock();
+  signals_hold();
 #pragma omp parallel num_threads(threads)
   {
     float value = 0.5f;
@@ -21,6 +22,7 @@ static double round_rate(int threads, int64_t steps) {
 #pragma omp critical
     operations += own;
   }
+  signals_release();
   return operations / (orepa_clock() - start);
 }
 

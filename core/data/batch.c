@@ -252,12 +252,14 @@ static orepa_tensor *batch_make(const batch_plan *plan, const device_array *indi
   float *out = array.data;
   if (!sample) /* nor may there be an image to point into */
     return batch;
+  signals_hold();
 #pragma omp parallel for schedule(static) if (size * sample > PARALLEL)
   for (int64_t k = 0; k < size; k++) {
     if (k + 2 < size)
       image_prefetch(&plan->images, index[(k + 2) * stride]);
     sample_make(plan, out + k * sample, index[k * stride]);
   }
+  signals_release();
   return batch;
 }
 
@@ -321,6 +323,7 @@ static void count_bytes(const image_set *images, int64_t c, int64_t first, int64
 static void byte_statistics(const image_set *images, int64_t c, double *mean, double *deviation) {
   const int64_t pixels = images->count * images->height * images->width, chunk = chunk_of(images->count);
   int64_t counts[256] = {0}, sum = 0;
+  signals_hold();
 #pragma omp parallel for schedule(static) if (pixels > PARALLEL)
   for (int64_t first = 0; first < images->count; first += chunk) {
     int64_t some[256] = {0};
@@ -329,6 +332,7 @@ static void byte_statistics(const image_set *images, int64_t c, double *mean, do
     for (int x = 0; x < 256; x++)
       counts[x] += some[x];
   }
+  signals_release();
   for (int x = 0; x < 256; x++)
     sum += x * counts[x];
   double centre = (double)sum / (double)pixels, squares = 0;
@@ -359,9 +363,11 @@ static double sum_floats(const image_set *images, int64_t c, int64_t first, int6
 static double mean_floats(const image_set *images, int64_t c, double pivot, bool squares) {
   const int64_t pixels = images->count * images->height * images->width, chunk = chunk_of(images->count);
   double sums[CHUNKS] = {0}, sum = 0;
+  signals_hold();
 #pragma omp parallel for schedule(static) if (pixels > PARALLEL)
   for (int64_t first = 0; first < images->count; first += chunk)
     sums[first / chunk] = sum_floats(images, c, first, smaller(first + chunk, images->count), pivot, squares);
+  signals_release();
   for (int k = 0; k < CHUNKS; k++)
     sum += sums[k];
   return sum / (double)pixels;
