@@ -80,6 +80,39 @@ describe("the guide", function()
   end
 end)
 
+-- ---- the tables of names ----
+
+local places = { orepa = orepa, nn = orepa.nn, F = orepa.F, optim = orepa.optim, data = orepa.data }
+local methods = { x = orepa.methods, mask = orepa.methods, t = orepa.methods, w = orepa.methods, loss = orepa.methods,
+  y = orepa.methods, net = orepa.nn.Sequential, seq = orepa.nn.Sequential }
+
+-- The names in code of the last cells of a page's tables that nothing has.
+local function unknown_names(page)
+  local unknown, count = {}, 0
+  local function look(place, name)
+    count = count + 1
+    if place[name] == nil then unknown[#unknown + 1] = name end
+  end
+  for line in page:gmatch "\n| [^\n]* | ([^\n]*) |" do
+    for code in line:gmatch "`([^`]*)`" do
+      for where, name in code:gmatch "(%a+)%.([%a_][%w_]*)" do if places[where] then look(places[where], name) end end
+      for where, name in code:gmatch "(%a+):([%a_][%w_]*)" do if methods[where] then look(methods[where], name) end end
+    end
+  end
+  return unknown, count
+end
+
+describe("the tables of", function()
+  for _, name in ipairs { "from-pytorch.md", "from-torch7.md" } do
+    it(name .. " name what there is", function()
+      local file <close> = assert(io.open(FOLDER .. "/" .. name))
+      local unknown, count = unknown_names(file:read "a")
+      assert.same({}, unknown)
+      assert(count > 50, count)
+    end)
+  end
+end)
+
 it("the tutorial runs without the dataset too", function()
   run(FOLDER .. "/tutorial.md", { ["orepa.datasets"] = { load = function() error "there is none" end } })
 end)
