@@ -318,6 +318,21 @@ static void functions_have_their_values(void **state) {
   ASSERT_NEAR(real3(FUNCTION_minimum, 3, -INFINITY, 0), -INFINITY, 0);
   ASSERT_NEAR(real3(FUNCTION_neg, 2, 0, 0), -2, 0);
   ASSERT_NEAR(real3(FUNCTION_abs, -2, 0, 0), 2, 0);
+  ASSERT_NEAR(real3(FUNCTION_sign, -2, 0, 0), -1, 0);
+  ASSERT_NEAR(real3(FUNCTION_sign, NAN, 0, 0), NAN, 0);
+  ASSERT_NEAR(real3(FUNCTION_floor, -1.5, 0, 0), -2, 0);
+  ASSERT_NEAR(real3(FUNCTION_ceil, -1.5, 0, 0), -1, 0);
+  ASSERT_NEAR(real3(FUNCTION_round, 2.5, 0, 0), 2, 0);
+  ASSERT_NEAR(real3(FUNCTION_floor_divide, -7, 2, 0), -4, 0);
+  ASSERT_NEAR(real3(FUNCTION_remainder, -7, 2, 0), 1, 0);
+  ASSERT_NEAR(real3(FUNCTION_remainder, 7, -2, 0), -1, 0);
+  ASSERT_NEAR(real3(FUNCTION_sin, 1, 0, 0), 0.8414709848078965, 1e-15);
+  ASSERT_NEAR(real3(FUNCTION_cos, 1, 0, 0), 0.5403023058681398, 1e-15);
+  ASSERT_NEAR(real3(FUNCTION_isnan, NAN, 0, 0), 1, 0);
+  ASSERT_NEAR(real3(FUNCTION_logical_and, 2, 0, 0), 0, 0);
+  ASSERT_NEAR(real3(FUNCTION_logical_or, 2, 0, 0), 1, 0);
+  ASSERT_NEAR(real3(FUNCTION_logical_xor, 2, 3, 0), 0, 0);
+  ASSERT_NEAR(real3(FUNCTION_logical_not, 0, 0, 0), 1, 0);
   ASSERT_NEAR(real3(FUNCTION_sqrt, 2, 0, 0), 1.4142135623730951, 1e-15);
   ASSERT_NEAR(real3(FUNCTION_exp, 1, 0, 0), 2.718281828459045, 1e-15);
   ASSERT_NEAR(real3(FUNCTION_log, 0, 0, 0), -INFINITY, 0);
@@ -359,7 +374,7 @@ static double derivative_at(int f, int operand, const double *x) {
 }
 
 static void derivatives_are_slopes(void **state) {
-  static const double points[][3] = {{0.7, 1.3, 2.1}, {1.6, 0.4, 2.1}, {2.6, 0.4, 1.1}};
+  static const double points[][3] = {{0.7, 1.3, 2.1}, {1.7, 0.4, 2.1}, {2.6, 0.4, 1.1}};
   for (int f = 0; f < FUNCTION_COUNT; f++)
     for (int operand = 0; operand < rows[f].operands; operand++)
       for (int p = 0; p < 3 && rows[f].needs[operand] != NO_GRADIENT; p++) {
