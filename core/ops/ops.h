@@ -26,8 +26,7 @@ orepa_tensor *op_seen_as(orepa_tensor *t, int rank, const int64_t *shape);
 /* ---- conv.c: what convolutions share with transposed ones. */
 /* Tells whoever takes the time which convolution of a map x the next call is: it stands directly before its DISPATCH.
  * Gives 0. */
-int op_note_geometry(const orepa_conv *conv, const orepa_tensor *x, const orepa_tensor *w,
-                     const orepa_tensor *y);
+int op_note_geometry(const orepa_conv *conv, const orepa_tensor *x, const orepa_tensor *w, const orepa_tensor *y);
 /* Of a parameter's gradient: float32 from the start where the parameter is, though its cast is not. */
 orepa_dtype op_gradient_type(const orepa_tensor *given, const orepa_tensor *cast);
 

@@ -37,8 +37,8 @@ void bind_push(lua_State *L, orepa_tensor *t);             /* pushes a handle wi
 
 /* Collects garbage if the engine's live bytes have grown so far that dead handles probably hold them. */
 void bind_collect(lua_State *L);
-/* For tests: with OREPA_STRESS=gc in the environment the former collects each time, with OREPA_STRESS=generational Lua's
- * collector works by generations. */
+/* For tests: with OREPA_STRESS=gc in the environment the former collects each time, with OREPA_STRESS=generational
+ * Lua's collector works by generations. */
 void bind_stress(lua_State *L);
 /* Collects if that costs little beside the work that the engine's live bytes stand for. */
 void bind_tidy(lua_State *L);
