@@ -28,7 +28,7 @@ describe("a dataset in a table", function()
     Set.__index = Set
     function Set:get(i) return self.first + i end
     local loader = data.loader { dataset = setmetatable({ size = 7, first = 100 }, Set), batch_size = 3, drop_last = true }
-    assert.same({ 7, 2 }, { loader.size, loader.batches })
+    assert.same({ 7, 2, 2 }, { loader.size, loader.batches, #loader })
     assert.same({ { n = 1, int64 { 101, 102, 103 } }, { n = 1, int64 { 104, 105, 106 } } }, batches(loader, 1))
     assert.same({}, batches(data.loader { dataset = { size = 0, get = Set.get }, batch_size = 3 }, 1))
     for x in data.loader({ dataset = setmetatable({ size = 1, first = 0 }, Set), batch_size = 3, device = "ref" }):epoch(1) do

@@ -8,6 +8,12 @@ local check_numbers = require("orepa.optim.optimizer").check_numbers
 
 local schedules = {}
 
+-- Numbers, and a length of at least one step.
+local function check_length(where, o, names)
+  check_numbers(where, o, names)
+  if o.steps < 1 then core.fail(("%s: steps is %s, at least 1 expected"):format(where, tostring(o.steps))) end
+end
+
 -- ---- those of a known length ----
 
 -- Half a cosine: 1 at progress 0, 0 at 1.
@@ -16,12 +22,12 @@ local function half_cosine(progress)
 end
 
 local function progress_of(step, steps)
-  return math.min(1, step / math.max(1, steps))
+  return math.min(1, step / steps)
 end
 
 function schedules.cosine(o)
   o = options("cosine", o, { lr = options.required, steps = options.required, lowest = 0 })
-  check_numbers("cosine", o, { "lr", "steps", "lowest" })
+  check_length("cosine", o, { "lr", "steps", "lowest" })
   return function(step)
     return o.lowest + (o.lr - o.lowest) * half_cosine(progress_of(step, o.steps))
   end
@@ -29,7 +35,7 @@ end
 
 function schedules.polynomial(o)
   o = options("polynomial", o, { lr = options.required, steps = options.required, power = 1, lowest = 0 })
-  check_numbers("polynomial", o, { "lr", "steps", "power", "lowest" })
+  check_length("polynomial", o, { "lr", "steps", "power", "lowest" })
   return function(step)
     return o.lowest + (o.lr - o.lowest) * (1 - progress_of(step, o.steps)) ^ o.power
   end
@@ -62,7 +68,7 @@ local anneal = {
 function schedules.one_cycle(o)
   o = options("one_cycle", o, { lr = options.required, steps = options.required, pct_start = 0.3, div_factor = 25,
     final_div_factor = 1e4, anneal_strategy = "cos" })
-  check_numbers("one_cycle", o, { "lr", "steps", "pct_start", "div_factor", "final_div_factor" })
+  check_length("one_cycle", o, { "lr", "steps", "pct_start", "div_factor", "final_div_factor" })
   if o.pct_start > 1 then core.fail(("one_cycle: pct_start is %g, at most 1 expected"):format(o.pct_start)) end
   for _, name in ipairs { "div_factor", "final_div_factor" } do
     if o[name] == 0 then core.fail(("one_cycle: %s is 0"):format(name)) end
@@ -129,7 +135,7 @@ end
 -- Linear from 0 over the first steps, then half a cosine down to 0. Steps count from 1.
 function schedules.warmup_cosine(o)
   o = options("warmup_cosine", o, { lr = options.required, steps = options.required, warmup = 0 })
-  check_numbers("warmup_cosine", o, { "lr", "steps", "warmup" })
+  check_length("warmup_cosine", o, { "lr", "steps", "warmup" })
   return schedules.warmup(schedules.cosine { lr = o.lr, steps = math.max(1, o.steps - o.warmup) }, o.warmup)
 end
 
