@@ -228,8 +228,8 @@ Loader.__close = Loader.close
 document("data.loader", [[
   data.loader{dataset=, batch_size=, shuffle=, seed=, drop_last=, device=, workers=, prefetch=, ...} -> loader
   loader:epoch(n) iterates over the batches of a dataset, in an order that seed and n decide; with drop_last no batch is smaller.
-  loader.size and loader.batches (or #loader) say how many samples and batches there are. Batches depend on seed and n alone, never
-  on workers, the number of threads that make at most `prefetch` batches (twice the workers) ahead.
+  loader.size and loader.batches (or #loader) say how many samples and batches there are. Batches depend on seed and n alone,
+  never on workers, the number of threads that make at most `prefetch` batches (twice the workers) ahead.
   The dataset is what data.images gives, with the further options of data.image_batch: augment, padding, crop, flip, mean,
   deviation. A batch is images and labels. workers is 1; with 0 batches are made when they are taken.
   Or it is a table {size = n, get = function(self, i) ... end}, on the main thread. get(i), i from 1 to size, gives a sample: one
