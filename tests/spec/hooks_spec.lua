@@ -85,6 +85,14 @@ describe("a hook", function()
     assert.same({ "a", "c" }, seen)
   end)
 
+  it("sees a gradient of its tensor's type, on its device", function()
+    local x, seen = orepa.ones(2):requires_grad_(), nil
+    local h = x * 2
+    h:register_hook(function(g) seen = { g.dtype, g.device } end)
+    h:to({ dtype = "float64", device = "ref" }):sum():backward()
+    assert.same({ "float32", "cpu" }, seen)
+  end)
+
   it("keeps the gradient that it was given", function()
     local x, kept = orepa.tensor({ 1, 2 }):requires_grad_(), {}
     local h = x * 1
