@@ -53,6 +53,18 @@ static inline void done(int status) {
     fail_msg("%s", orepa_error());
 }
 
+static inline orepa_tensor *sum_of(orepa_tensor *t) {
+  return must(orepa_reduce(OREPA_SUM, t, 0, NULL, false));
+}
+
+static inline void release_all(int count, orepa_tensor *const *tensors) {
+  for (int k = 0; k < count; k++)
+    orepa_release(tensors[k]);
+}
+
+#define RELEASE(...)                                                                                                   \
+  release_all((int)(sizeof((orepa_tensor *[]){__VA_ARGS__}) / sizeof(orepa_tensor *)), (orepa_tensor *[]){__VA_ARGS__})
+
 static inline size_t count_in(int rank, const int64_t *shape) {
   size_t count = 1;
   for (int d = 0; d < rank; d++)
@@ -159,5 +171,21 @@ static inline void expect_message(bool failed, const char *words, int line) {
 
 #define assert_refused(call, words) expect_message((call) != 0, words, __LINE__)
 #define assert_no_tensor(call, words) expect_message(!(call), words, __LINE__)
+
+/* ---- leaks: the setup and the teardown of a test that leaves no tensor behind */
+
+static size_t live_before;
+
+static inline int remember_live(void **unused) {
+  (void)unused;
+  live_before = orepa_memory(CPU).live;
+  return 0;
+}
+
+/* Scratch of this thread may grow. */
+static inline int nothing_leaks(void **unused) {
+  (void)unused;
+  return orepa_memory(CPU).live <= live_before + (1 << 20) ? 0 : -1;
+}
 
 #endif

@@ -54,10 +54,6 @@ static void run(part *p, orepa_tensor *a, orepa_tensor *b, orepa_tensor **result
   orepa_release(ys[1]);
 }
 
-static orepa_tensor *sum_of(orepa_tensor *t) {
-  return must(orepa_reduce(OREPA_SUM, t, 0, NULL, false));
-}
-
 static void test_gradients_random_numbers_and_modes(void **unused) {
   (void)unused;
   for_each_device(device) {

@@ -4,18 +4,6 @@
 
 #include "autograd/autograd.h"
 
-static void release_all(int count, orepa_tensor *const *tensors) {
-  for (int k = 0; k < count; k++)
-    orepa_release(tensors[k]);
-}
-
-#define RELEASE(...)                                                                                                   \
-  release_all((int)(sizeof((orepa_tensor *[]){__VA_ARGS__}) / sizeof(orepa_tensor *)), (orepa_tensor *[]){__VA_ARGS__})
-
-static orepa_tensor *sum_of(orepa_tensor *t) {
-  return must(orepa_reduce(OREPA_SUM, t, 0, NULL, false));
-}
-
 /* ---- an op of the tests': p = a*b, q = a + b, and a's positive elements as integers ---- */
 
 typedef struct {

@@ -146,22 +146,8 @@ static void test_samples_have_their_own_states(void **unused) {
 
 /* ---- the run ---- */
 
-static size_t live_before;
-
-static int begin(void **unused) {
-  (void)unused;
-  live_before = orepa_memory(CPU).live;
-  return 0;
-}
-
-/* Scratch of this thread may grow. */
-static int nothing_leaks(void **unused) {
-  (void)unused;
-  return orepa_memory(CPU).live <= live_before + (1 << 20) ? 0 : -1;
-}
-
 int main(void) {
-#define TEST(name) cmocka_unit_test_setup_teardown(name, begin, nothing_leaks)
+#define TEST(name) cmocka_unit_test_setup_teardown(name, remember_live, nothing_leaks)
   const struct CMUnitTest tests[] = {
       TEST(test_images_have_the_bits_of_batches_without_threads),
       TEST(test_image_loaders_refuse),

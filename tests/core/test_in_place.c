@@ -2,14 +2,6 @@
  * allowed, and saved tensors that were changed before backward needed them. */
 #include "engine_test.h"
 
-#define RELEASE(...)                                                                                                   \
-  release_all((int)(sizeof((orepa_tensor *[]){__VA_ARGS__}) / sizeof(orepa_tensor *)), (orepa_tensor *[]){__VA_ARGS__})
-
-static void release_all(int count, orepa_tensor *const *tensors) {
-  for (int k = 0; k < count; k++)
-    orepa_release(tensors[k]);
-}
-
 static int in_place(const char *function, orepa_tensor *t, orepa_tensor *other) {
   orepa_operand operands[3] = {{.tensor = t}, {.tensor = other}};
   return orepa_apply_in_place(orepa_function_by_name(function), operands);

@@ -437,22 +437,8 @@ static void test_idx_files_are_read_on_threads(void **unused) {
 
 /* ---- the run ---- */
 
-static size_t live_before;
-
-static int begin(void **unused) {
-  (void)unused;
-  live_before = orepa_memory(CPU).live;
-  return 0;
-}
-
-/* Scratch of this thread may grow. */
-static int nothing_leaks(void **unused) {
-  (void)unused;
-  return orepa_memory(CPU).live <= live_before + (1 << 20) ? 0 : -1;
-}
-
 int main(void) {
-#define TEST(name) cmocka_unit_test_setup_teardown(name, begin, nothing_leaks)
+#define TEST(name) cmocka_unit_test_setup_teardown(name, remember_live, nothing_leaks)
   const struct CMUnitTest tests[] = {
       TEST(test_batches_come_in_order_and_no_more_than_asked_for),
       TEST(test_without_a_taker_the_threads_stand_still),

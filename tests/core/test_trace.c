@@ -227,10 +227,6 @@ static int64_t macs_of(const orepa_trace *trace, const char *op) {
   return sum;
 }
 
-static orepa_tensor *sum_of(orepa_tensor *y) {
-  return must(orepa_reduce(OREPA_SUM, y, 0, NULL, false));
-}
-
 /* The trace of a forward and a backward pass that y = f(a, b) makes. */
 static orepa_trace *trace_both(orepa_tensor *(*f)(orepa_tensor *a, orepa_tensor *b), orepa_tensor *a, orepa_tensor *b) {
   done(orepa_trace_start());

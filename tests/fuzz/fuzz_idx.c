@@ -2,29 +2,20 @@
  * can be read, or a message; and the same bytes compressed give the same, which takes the fuzzer past gzip's checksum.
  *
  * Built by clang with -fsanitize=fuzzer,address,undefined; seeds/idx holds files of every type, and broken ones. */
-#include <stdlib.h>
-#include <string.h>
 #include <zlib.h>
 
+#include "fuzz.h"
 #include "orepa_data.h"
 
-int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size);
-
-static void require(int condition) {
-  if (!condition)
-    abort();
-}
-
 /* All elements in logical order, one byte more than there are. NULL where the bytes are no idx file. */
-static unsigned char *elements_of(const char *name, const void *bytes, size_t size, size_t *length) {
+static unsigned char *parsed(const char *name, const void *bytes, size_t size, size_t *length) {
   orepa_tensor *t = orepa_parse_idx(name, bytes, size);
   if (!t) {
     require(strncmp(orepa_error(), name, strlen(name)) == 0);
     return NULL;
   }
   *length = (size_t)orepa_count(t) * orepa_dtype_size(orepa_tensor_dtype(t));
-  unsigned char *elements = malloc(*length + 1);
-  require(elements && orepa_to_host(t, elements, *length) == 0);
+  unsigned char *elements = elements_of(t);
   orepa_release(t);
   return elements;
 }
@@ -45,10 +36,10 @@ static unsigned char *compress_bytes(const uint8_t *bytes, size_t size, size_t *
 
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
   size_t plain_length = 0, packed_length = 0, packed_size;
-  unsigned char *plain = elements_of("plain", bytes, size, &plain_length);
+  unsigned char *plain = parsed("plain", bytes, size, &plain_length);
   if (size < 2 || bytes[0] != 0x1f || bytes[1] != 0x8b) {
     unsigned char *packed = compress_bytes(bytes, size, &packed_size);
-    unsigned char *elements = elements_of("packed", packed, packed_size, &packed_length);
+    unsigned char *elements = parsed("packed", packed, packed_size, &packed_length);
     require(!plain == !elements && plain_length == packed_length);
     require(!plain || !memcmp(plain, elements, plain_length));
     free(elements);

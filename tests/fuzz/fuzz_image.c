@@ -3,38 +3,10 @@
  * comes back the same. Each PNG is also tried with its checksums made right, which takes the fuzzer past them.
  *
  * Built by clang with -fsanitize=fuzzer,address,undefined; seeds/image holds files of every kind, and broken ones. */
-#include <jansson.h>
-#include <stdlib.h>
-#include <string.h>
 #include <zlib.h>
 
+#include "fuzz.h"
 #include "orepa_image.h"
-
-int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size);
-
-static void require(int condition) {
-  if (!condition)
-    abort();
-}
-
-static const orepa_device *cpu(void) {
-  return orepa_device_by_name("cpu");
-}
-
-/* A message that can be shown: it names the file and is UTF-8. */
-static void check_message(void) {
-  require(!strncmp(orepa_error(), "input: ", 7));
-  json_t *text = json_string(orepa_error());
-  require(text != NULL);
-  json_decref(text);
-}
-
-static unsigned char *elements_of(orepa_tensor *t) {
-  size_t bytes = (size_t)orepa_count(t) * orepa_dtype_size(orepa_tensor_dtype(t));
-  unsigned char *elements = malloc(bytes + 1);
-  require(elements && !orepa_to_host(t, elements, bytes));
-  return elements;
-}
 
 static void check_round_trip(orepa_tensor *t) {
   const orepa_image_encoding png = {.format = OREPA_IMAGE_PNG, .compression = 1};
@@ -62,7 +34,7 @@ static void decode(const uint8_t *bytes, size_t size, const orepa_image_options 
   size_t live = orepa_memory(cpu()).live;
   orepa_tensor *t = orepa_decode_image("input", bytes, size, options);
   if (!t)
-    check_message();
+    check_message("input");
   else {
     require(orepa_rank(t) == 3 && orepa_count(t) > 0);
     require(!options->channels || orepa_shape(t)[0] == options->channels);

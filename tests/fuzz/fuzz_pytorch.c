@@ -5,52 +5,15 @@
  *
  * Built by clang with -fsanitize=fuzzer,address,undefined; seeds/pytorch holds files of both containers, and pickles
  * that are right and wrong. */
-#include <jansson.h>
-#include <stdlib.h>
-#include <string.h>
-
+#include "fuzz.h"
 #include "io/pytorch.h"
-
-int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size);
-
-static void require(int condition) {
-  if (!condition)
-    abort();
-}
-
-static const orepa_device *cpu(void) {
-  return orepa_device_by_name("cpu");
-}
-
-static void check_text(const char *text) {
-  json_t *json = json_string(text);
-  require(json != NULL);
-  json_decref(json);
-}
-
-/* A message that can be shown: it names the file, is UTF-8 and has no control characters. */
-static void check_message(const char *name) {
-  const char *message = orepa_error();
-  require(!strncmp(message, name, strlen(name)) && !strncmp(message + strlen(name), ": ", 2));
-  check_text(message);
-  for (; *message; message++)
-    require((unsigned char)*message >= 0x20 && *message != 0x7f);
-}
-
-/* Every element can be read. */
-static void read_tensor(orepa_tensor *t) {
-  size_t bytes = (size_t)orepa_count(t) * orepa_dtype_size(orepa_tensor_dtype(t));
-  void *elements = malloc(bytes + 1);
-  require(elements && !orepa_to_host(t, elements, bytes));
-  free(elements);
-}
 
 static void check_archive(const orepa_archive *archive) {
   for (size_t k = 0; k < orepa_archive_count(archive); k++) {
     orepa_tensor *t = orepa_archive_tensor(archive, k);
     check_text(orepa_archive_name(archive, k));
     require(orepa_archive_find(archive, orepa_archive_name(archive, k)) == t && orepa_is_contiguous(t));
-    read_tensor(t);
+    free(elements_of(t)); /* every element can be read */
   }
   for (size_t k = 0; k < orepa_archive_metadata_count(archive); k++) {
     check_text(orepa_archive_metadata_key(archive, k));

@@ -5,45 +5,14 @@
  *
  * Built by clang with -fsanitize=fuzzer,address,undefined; seeds/safetensors holds files of every type, and broken
  * ones. */
-#include <jansson.h>
 #include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <unistd.h>
 
+#include "fuzz.h"
 #include "io/safetensors.h"
-
-int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size);
-
-static void require(int condition) {
-  if (!condition)
-    abort();
-}
-
-static const orepa_device *cpu(void) {
-  return orepa_device_by_name("cpu");
-}
-
-/* A message that can be shown: it names the file, is UTF-8 and has no control characters. */
-static void check_message(const char *name) {
-  const char *message = orepa_error();
-  require(!strncmp(message, name, strlen(name)) && !strncmp(message + strlen(name), ": ", 2));
-  json_t *text = json_string(message);
-  require(text != NULL);
-  json_decref(text);
-  for (; *message; message++)
-    require((unsigned char)*message >= 0x20 && *message != 0x7f);
-}
 
 static size_t bytes_of(const orepa_tensor *t) {
   return (size_t)orepa_count(t) * orepa_dtype_size(orepa_tensor_dtype(t));
-}
-
-static unsigned char *elements_of(orepa_tensor *t) {
-  size_t bytes = bytes_of(t);
-  unsigned char *elements = malloc(bytes + 1);
-  require(elements && !orepa_to_host(t, elements, bytes));
-  return elements;
 }
 
 static void check_tensors_equal(orepa_tensor *a, orepa_tensor *b) {
