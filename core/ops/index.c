@@ -54,18 +54,13 @@ static int scatter_into(const char *op, bool adds, orepa_tensor *y, orepa_tensor
   return check_offence(op, y->storage->device, axis, y->shape[axis]);
 }
 
-/* Short floats are added up in float32. */
-static orepa_dtype sum_type(orepa_dtype dtype) {
-  return dtype == OREPA_BFLOAT16 || dtype == OREPA_FLOAT16 ? OREPA_FLOAT32 : dtype;
-}
-
 /* ---- gather ---- */
 
 static int gather_backward(autograd_node *node, orepa_tensor *dy, orepa_tensor **dx) {
   const index_payload *p = node->payload;
   orepa_tensor *index = autograd_saved_tensor(node, 0);
   const orepa_device *device = dy->storage->device;
-  orepa_tensor *sum = index ? orepa_full(sum_type(dy->dtype), device, p->rank, p->shape, 0) : NULL;
+  orepa_tensor *sum = index ? orepa_full(op_sum_dtype(dy->dtype), device, p->rank, p->shape, 0) : NULL;
   orepa_tensor *wide = sum ? orepa_to(dy, sum->dtype, device) : NULL;
   if (wide && !scatter_into("gather's gradient", true, sum, wide, index, p->axis))
     dx[0] = orepa_to(sum, dy->dtype, device);
@@ -244,7 +239,7 @@ static orepa_tensor *scatter(const autograd_op *op, bool adds, orepa_tensor *t, 
   if (check_scatter(op->name, t, axis, index, source))
     return NULL;
   const orepa_device *device = t->storage->device;
-  orepa_dtype wide = adds ? sum_type(t->dtype) : t->dtype;
+  orepa_dtype wide = adds ? op_sum_dtype(t->dtype) : t->dtype;
   bool was = orepa_set_grad_enabled(false);
   orepa_tensor *changed = t->dtype == wide ? orepa_clone(t) : orepa_to(t, wide, device);
   orepa_tensor *more = changed ? orepa_to(source, wide, device) : NULL, *y = NULL;

@@ -42,6 +42,11 @@ static inline bool op_offence(const orepa_device *device, int64_t *value, int64_
   return true;
 }
 
+/* What numbers of a type are added up in: float32 for short floats. */
+static inline orepa_dtype op_sum_dtype(orepa_dtype dtype) {
+  return dtype == OREPA_BFLOAT16 || dtype == OREPA_FLOAT16 ? OREPA_FLOAT32 : dtype;
+}
+
 /* The type of what is kept for each channel of a map, statistics and parameters: float32 beside short floats. */
 orepa_dtype op_channel_dtype(const orepa_tensor *map);
 

@@ -55,9 +55,7 @@ orepa_tensor *orepa_nonzero(orepa_tensor *x) {
 
 static orepa_tensor *running_sum(orepa_tensor *x, int axis, bool from_last) {
   const orepa_device *device = x->storage->device;
-  orepa_dtype wide = !orepa_dtype_is_float(x->dtype)  ? OREPA_INT64
-                     : orepa_dtype_size(x->dtype) < 4 ? OREPA_FLOAT32
-                                                      : x->dtype;
+  orepa_dtype wide = orepa_dtype_is_float(x->dtype) ? op_sum_dtype(x->dtype) : OREPA_INT64;
   bool was = orepa_set_grad_enabled(false);
   orepa_tensor *source = orepa_to(x, wide, device), *y = NULL, *sums = NULL;
   device_array from, to;

@@ -1,7 +1,7 @@
 /* sort.c: order and running sums along one axis. */
 #include "ref/ref.h"
 
-/* Whether element `a` of a row comes before element `b` that stands in front of it. NaN is the largest. */
+/* Whether an element at `a` comes before one at `b`, which stands in front of it in the row. NaN is the largest. */
 static bool comes_before(const device_array *x, bool descending, int64_t a, int64_t b) {
   if (!orepa_dtype_is_float(x->dtype)) {
     int64_t m = ref_get_integer(x, a), n = ref_get_integer(x, b);
@@ -11,13 +11,6 @@ static bool comes_before(const device_array *x, bool descending, int64_t a, int6
   if (isnan(m) || isnan(n))
     return descending ? isnan(m) && !isnan(n) : isnan(n) && !isnan(m);
   return descending ? m > n : m < n;
-}
-
-/* The row of an array that begins where element k of `outer` is: its axis has size 1 there. */
-static device_array outer_of(const device_array *a, int axis) {
-  device_array outer = *a;
-  outer.shape[axis] = 1;
-  return outer;
 }
 
 /* The first `count` of a row, by insertion. */
@@ -44,7 +37,7 @@ device_status ref_sort(device_context *context, int axis, bool descending, const
                        const device_array *x) {
   REF_ENTRY;
   (void)context;
-  device_array from = outer_of(x, axis), to = outer_of(positions, axis);
+  device_array from = ref_without(x, axis), to = ref_without(positions, axis);
   for (int64_t k = 0; k < ref_count(&from); k++)
     sort_row(x, axis, descending, ref_at(&from, k), positions, ref_at(&to, k));
   return DEVICE_DONE;
@@ -56,7 +49,7 @@ device_status ref_running_sum(device_context *context, int axis, bool from_last,
   (void)context;
   if (x->dtype != OREPA_FLOAT32 && x->dtype != OREPA_FLOAT64 && x->dtype != OREPA_INT64)
     return DEVICE_UNSUPPORTED;
-  device_array from = outer_of(x, axis), to = outer_of(y, axis);
+  device_array from = ref_without(x, axis), to = ref_without(y, axis);
   for (int64_t k = 0; k < ref_count(&from); k++) {
     double sum = 0;
     uint64_t whole = 0;

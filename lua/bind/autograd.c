@@ -212,16 +212,43 @@ static int l_requires_grad(lua_State *L) {
 
 /* ---- regions: f(...) gives back what its function returns; without one it is a guard for `local _ <close> =` ---- */
 
-static void set_grad(int on) {
-  orepa_set_grad_enabled(on != 0);
+static int get_grad(void) {
+  return orepa_grad_enabled();
 }
 
-static void set_autocast(int dtype) {
-  orepa_set_autocast((orepa_dtype)dtype);
+static int set_grad(int on) {
+  orepa_set_grad_enabled(on != 0);
+  return 0;
 }
+
+static int get_autocast(void) {
+  return (int)orepa_autocast();
+}
+
+static int set_autocast(int dtype) {
+  return orepa_set_autocast((orepa_dtype)dtype);
+}
+
+static int get_anomaly(void) {
+  return (int)orepa_anomaly_wanted();
+}
+
+static int set_anomaly(int wanted) {
+  orepa_set_anomaly((orepa_anomaly)wanted);
+  return 0;
+}
+
+/* What is different inside a region. Setting it to what it was never fails. */
+typedef enum { GRAD, AUTOCAST, ANOMALY, SETTINGS } setting;
+
+static const struct {
+  int (*get)(void);
+  int (*set)(int);
+} settings[SETTINGS] = {
+    [GRAD] = {get_grad, set_grad}, [AUTOCAST] = {get_autocast, set_autocast}, [ANOMALY] = {get_anomaly, set_anomaly}};
 
 typedef struct {
-  void (*set)(int);
+  setting which;
   int was;
   bool open;
 } region_guard;
@@ -229,90 +256,62 @@ typedef struct {
 static int close_guard(lua_State *L) {
   region_guard *guard = luaL_checkudata(L, 1, BIND_GUARD);
   if (guard->open)
-    guard->set(guard->was);
+    settings[guard->which].set(guard->was);
   guard->open = false;
   return 0;
 }
 
-/* The region is entered already; it was `was` before. */
-static int push_guard(lua_State *L, void (*set)(int), int was) {
+static int enter_with_guard(lua_State *L, setting which, int value) {
   region_guard *guard = lua_newuserdatauv(L, sizeof *guard, 0);
-  *guard = (region_guard){set, was, true};
+  *guard = (region_guard){which, settings[which].get(), true};
   luaL_setmetatable(L, BIND_GUARD);
-  return 1;
+  return settings[which].set(value) ? bind_fail(L) : 1;
 }
 
-static int finish(lua_State *L, int status) {
+/* The context is the setting, and what it was. */
+static int leave(lua_State *L, int status, lua_KContext context) {
+  settings[context % SETTINGS].set((int)(context / SETTINGS));
   if (status != LUA_OK && status != LUA_YIELD)
     return lua_error(L);
   return lua_gettop(L);
 }
 
-static int finish_no_grad(lua_State *L, int status, lua_KContext was) {
-  set_grad((int)was);
-  return finish(L, status);
+/* With another value while the function at `index` runs, whose results are given back; without one until the guard that
+ * is given back ends. */
+static int enter(lua_State *L, setting which, int value, int index) {
+  if (lua_isnoneornil(L, index))
+    return enter_with_guard(L, which, value);
+  luaL_checktype(L, index, LUA_TFUNCTION);
+  lua_pushvalue(L, index);
+  lua_replace(L, 1);
+  lua_settop(L, 1);
+  lua_KContext context = (lua_KContext)settings[which].get() * SETTINGS + which;
+  if (settings[which].set(value))
+    return bind_fail(L);
+  return leave(L, lua_pcallk(L, 0, LUA_MULTRET, 0, context, leave), context);
 }
 
 static int l_no_grad(lua_State *L) {
-  int was = orepa_grad_enabled();
-  if (lua_isnoneornil(L, 1)) {
-    push_guard(L, set_grad, was);
-    set_grad(false);
-    return 1;
-  }
-  luaL_checktype(L, 1, LUA_TFUNCTION);
-  lua_settop(L, 1);
-  set_grad(false);
-  return finish_no_grad(L, lua_pcallk(L, 0, LUA_MULTRET, 0, was, finish_no_grad), was);
-}
-
-static int finish_autocast(lua_State *L, int status, lua_KContext was) {
-  set_autocast((int)was);
-  return finish(L, status);
+  return enter(L, GRAD, false, 1);
 }
 
 static int l_autocast(lua_State *L) {
-  int was = (int)orepa_autocast();
   orepa_dtype dtype;
   if (lua_type(L, 1) != LUA_TSTRING)
     return bind_error(L, "autocast: the name of a type expected, got %s", luaL_typename(L, 1));
-  bool guards = lua_isnoneornil(L, 2);
-  if (!guards)
-    luaL_checktype(L, 2, LUA_TFUNCTION);
-  lua_settop(L, guards ? 1 : 2);
-  if (guards)
-    push_guard(L, set_autocast, was);
-  if (orepa_dtype_by_name(lua_tostring(L, 1), &dtype) || orepa_set_autocast(dtype))
+  if (orepa_dtype_by_name(lua_tostring(L, 1), &dtype))
     return bind_fail(L);
-  if (guards)
-    return 1;
-  lua_remove(L, 1);
-  return finish_autocast(L, lua_pcallk(L, 0, LUA_MULTRET, 0, was, finish_autocast), was);
-}
-
-static void set_anomaly(int wanted) {
-  orepa_set_anomaly((orepa_anomaly)wanted);
-}
-
-static int finish_anomaly(lua_State *L, int status, lua_KContext was) {
-  set_anomaly((int)was);
-  return finish(L, status);
+  return enter(L, AUTOCAST, (int)dtype, 2);
 }
 
 static int l_detect_anomaly(lua_State *L) {
   static const char *const known[] = {"nan_only", NULL};
-  int was = (int)orepa_anomaly_wanted(), at = lua_istable(L, 1) ? 1 : 2;
-  bool nan_only = bind_option_boolean(L, bind_options(L, at, "detect_anomaly", known), "nan_only", false);
-  int wanted = nan_only ? OREPA_ANOMALY_NAN : OREPA_ANOMALY_FINITE;
-  if (at == 1 || lua_isnoneornil(L, 1)) {
-    push_guard(L, set_anomaly, was);
-    set_anomaly(wanted);
-    return 1;
-  }
-  luaL_checktype(L, 1, LUA_TFUNCTION);
-  lua_settop(L, 1);
-  set_anomaly(wanted);
-  return finish_anomaly(L, lua_pcallk(L, 0, LUA_MULTRET, 0, was, finish_anomaly), was);
+  bool options_alone = lua_istable(L, 1);
+  int options = bind_options(L, options_alone ? 1 : 2, "detect_anomaly", known);
+  int wanted = bind_option_boolean(L, options, "nan_only", false) ? OREPA_ANOMALY_NAN : OREPA_ANOMALY_FINITE;
+  if (options_alone)
+    lua_settop(L, 0);
+  return enter(L, ANOMALY, wanted, 1);
 }
 
 static int l_get_autocast(lua_State *L) {

@@ -344,3 +344,14 @@ orepa_operand bind_operand(lua_State *L, int index) {
   }
   return operand;
 }
+
+orepa_tensor *bind_tensor_or_scalar(lua_State *L, int index, const orepa_tensor *t) {
+  orepa_operand value = bind_operand(L, index);
+  if (value.tensor)
+    return value.tensor;
+  orepa_tensor **made = bind_new(L);
+  *made = orepa_full(orepa_tensor_dtype(t), orepa_tensor_device(t), 0, NULL, value.number);
+  if (!*made)
+    bind_fail(L);
+  return *made;
+}

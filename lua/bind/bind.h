@@ -129,6 +129,8 @@ const orepa_device *bind_device(lua_State *L, const char *name);
 
 /* An operand of an element-wise function: a tensor or a number. */
 orepa_operand bind_operand(lua_State *L, int index);
+/* The tensor there, or a scalar like `t` of the number there, which is pushed. */
+orepa_tensor *bind_tensor_or_scalar(lua_State *L, int index, const orepa_tensor *t);
 
 /* ---- the families: each adds its functions to the module table on top of the stack, and its methods to Tensor's */
 void bind_tensor_family(lua_State *L);

@@ -21,21 +21,9 @@ static int l_scatter_add(lua_State *L) {
   BIND_RETURN(L, orepa_scatter_add(t, axis, index, source));
 }
 
-/* The tensor at an argument; or of a number there a scalar like t, which is pushed. */
-static orepa_tensor *tensor_or_number(lua_State *L, int argument, orepa_tensor *t) {
-  orepa_operand value = bind_operand(L, argument);
-  if (value.tensor)
-    return value.tensor;
-  orepa_tensor **made = bind_new(L);
-  *made = orepa_full(orepa_tensor_dtype(t), orepa_tensor_device(t), 0, NULL, value.number);
-  if (!*made)
-    bind_fail(L);
-  return *made;
-}
-
 /* A tensor is taken as it is, a number in the index's shape. */
 static orepa_tensor *scatter_source(lua_State *L, orepa_tensor *t, orepa_tensor *index) {
-  orepa_tensor *source = tensor_or_number(L, 4, t);
+  orepa_tensor *source = bind_tensor_or_scalar(L, 4, t);
   if (lua_type(L, 4) != LUA_TNUMBER)
     return source;
   orepa_tensor **whole = bind_new(L);
@@ -61,7 +49,7 @@ static int l_scatter_(lua_State *L) {
 
 static int l_index_copy_(lua_State *L) {
   lua_settop(L, 4);
-  orepa_tensor *t = bind_tensor(L, 1), *list = bind_tensor(L, 3), *source = tensor_or_number(L, 4, t);
+  orepa_tensor *t = bind_tensor(L, 1), *list = bind_tensor(L, 3), *source = bind_tensor_or_scalar(L, 4, t);
   int axis = bind_axis(L, 2, orepa_rank(t), "index_copy_");
   BIND_RETURN_SELF(L, orepa_index_copy_(t, axis, list, source));
 }

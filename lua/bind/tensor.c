@@ -382,12 +382,8 @@ static int l_newindex(lua_State *L) {
   orepa_tensor *t = bind_tensor(L, 1);
   if (lua_type(L, 2) == LUA_TNUMBER) {
     int64_t k = position(L, 2, t);
-    orepa_operand value = bind_operand(L, 3);
     bind_note_place(L);
-    orepa_tensor **source = bind_new(L);
-    *source = value.tensor ? orepa_retain(value.tensor)
-                           : orepa_full(orepa_tensor_dtype(t), orepa_tensor_device(t), 0, NULL, value.number);
-    return !*source || orepa_assign_(t, 0, k, k + 1, *source) ? bind_fail(L) : 0;
+    return orepa_assign_(t, 0, k, k + 1, bind_tensor_or_scalar(L, 3, t)) ? bind_fail(L) : 0;
   }
   const char *name = lua_type(L, 2) == LUA_TSTRING ? lua_tostring(L, 2) : "";
   if (!strcmp(name, "grad"))
