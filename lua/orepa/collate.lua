@@ -2,16 +2,13 @@
 -- and tables a table of such.
 
 local core = require "orepa.core"
+local text_of = require("orepa.checks").text_of
 
 local KINDS = { number = true, string = true, boolean = true, table = true }
 
 local function kind_of(value)
   if core.is_tensor(value) then return "tensor" end
   return type(value)
-end
-
-local function text_of(t)
-  return t.dtype .. " " .. (#t.shape == 0 and "scalar" or table.concat(t.shape, "x"))
 end
 
 local function fail(position, format, ...)

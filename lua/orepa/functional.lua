@@ -1,6 +1,7 @@
 -- What orepa.F has beside the engine's own ops: activations under PyTorch's names, dropout, and tables of vectors.
 
 local core = require "orepa.core"
+local checks = require "orepa.checks"
 local document = require "orepa.document"
 local options = require "orepa.options"
 local F = core.F
@@ -22,14 +23,14 @@ end
 -- x/2 * (1 + tanh(u)) is x * sigmoid(2*u), with u = sqrt(2/pi) * (x + 0.044715 * x^3).
 function F.gelu(x, given)
   local o = gelu_options("gelu", given)
-  if not core.is_tensor(x) then core.fail(("gelu: a tensor expected, got %s"):format(type(x))) end
+  checks.tensor("gelu", x)
   if o.approximate == "none" then return x:gelu() end
   local twice = 2 * math.sqrt(2 / math.pi)
   return x * (x * (x * x):multiply_add(twice * 0.044715, twice)):sigmoid()
 end
 
 function F.leaky_relu(x, slope)
-  if not core.is_tensor(x) then core.fail(("leaky_relu: a tensor expected, got %s"):format(type(x))) end
+  checks.tensor("leaky_relu", x)
   return x:leaky_relu(slope == nil and 0.01 or slope)
 end
 
@@ -72,11 +73,6 @@ local function dropout_options(where, given)
   return o
 end
 
-local function check_floats(where, x)
-  if not core.is_tensor(x) then core.fail(("%s: a tensor expected, got %s"):format(where, type(x))) end
-  if not x.dtype:find "float" then core.fail(("%s: floats expected, got %s"):format(where, x.dtype)) end
-end
-
 -- x times 0 or 1 / (1 - p), drawn for each element of a shape that is broadcast to x's.
 local function dropped(x, p, shape)
   local noise <close> = core.rand(shape, { device = x.device })
@@ -86,13 +82,13 @@ end
 
 function F.dropout(x, given)
   local o = dropout_options("dropout", given)
-  check_floats("dropout", x)
+  checks.floats("dropout", x)
   return (o.p == 0 or not o.training) and x or dropped(x, o.p, x.shape)
 end
 
 function F.dropout2d(x, given)
   local o, shape = dropout_options("dropout2d", given), {}
-  check_floats("dropout2d", x)
+  checks.floats("dropout2d", x)
   if #x.shape < 2 then core.fail(("dropout2d: an input of %d dimensions has no channels (N, C, ...)"):format(#x.shape)) end
   for d, size in ipairs(x.shape) do shape[d] = d <= 2 and size or 1 end
   return (o.p == 0 or not o.training) and x or dropped(x, o.p, shape)

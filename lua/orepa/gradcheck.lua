@@ -2,15 +2,12 @@
 -- number, by weights that no symmetry of f shares; so one backward pass and two calls for each number of the inputs are enough.
 
 local core = require "orepa.core"
+local text_of = require("orepa.checks").text_of
 local document = require "orepa.document"
 local options = require "orepa.options"
 
 -- Steps and tolerances: the step's own error against rounding, divided by the step.
 local STEPS = { float64 = { eps = 1e-6, tolerance = 1e-6 }, float32 = { eps = 4e-3, tolerance = 4e-3 } }
-
-local function text_of(t)
-  return ("%s %s"):format(t.dtype, table.concat(t.shape, "x"))
-end
 
 local function values_of(t)
   return t:detach():to("float64"):reshape(-1):tolist()

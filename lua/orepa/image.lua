@@ -2,6 +2,7 @@
 -- The engine reads and writes them (lua/bind/image.c); orepa.show puts them on the terminal.
 
 local core = require "orepa.core"
+local checks = require "orepa.checks"
 local document = require "orepa.document"
 local options = require "orepa.options"
 
@@ -9,7 +10,7 @@ local image = core.image
 
 local function fail(...) core.fail((...):format(select(2, ...))) end
 
-local function text_of(t) return core.is_tensor(t) and ("%s %s"):format(t.dtype, table.concat(t.shape, "x")) or type(t) end
+local function text_of(t) return core.is_tensor(t) and checks.text_of(t) or type(t) end
 
 local function need_tensor(where, t, least, most)
   if not core.is_tensor(t) or #t.shape < least or #t.shape > most or t:count() == 0 then

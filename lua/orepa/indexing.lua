@@ -1,12 +1,9 @@
 -- t[key] and t[key] = value where the key is a list of positions, a tensor of integers or a mask.
 
 local core = require "orepa.core"
+local text_of = require("orepa.checks").text_of
 
 local indexing = core.indexing
-
-local function text_of(t)
-  return ("%s %s"):format(t.dtype, table.concat(t.shape, "x"))
-end
 
 -- ---- positions ----
 

@@ -1,12 +1,13 @@
 -- Losses, made of other ops: cross-entropy with weights of classes, and those of numbers beside numbers.
 
 local core = require "orepa.core"
+local checks = require "orepa.checks"
 local document = require "orepa.document"
 local options = require "orepa.options"
-local F = core.F
+local F, wide = core.F, checks.wide
 
 local function text_of(t)
-  return ("%s %s on '%s'"):format(t.dtype, table.concat(t.shape, "x"), t.device)
+  return ("%s on '%s'"):format(checks.text_of(t), t.device)
 end
 
 -- ---- what all share ----
@@ -17,10 +18,6 @@ local function same_shape(a, b)
     if b.shape[d] ~= size then return false end
   end
   return true
-end
-
-local function wide(t)
-  return (t.dtype == "bfloat16" or t.dtype == "float16") and t:to "float32" or t
 end
 
 -- Both as they are computed with: short floats as float32. Shapes are equal; nothing is broadcast.

@@ -1,6 +1,7 @@
 -- orepa.F's ops that change the size of a map: interpolation, and borders.
 
 local core = require "orepa.core"
+local checks = require "orepa.checks"
 local document = require "orepa.document"
 local options = require "orepa.options"
 local F = core.F
@@ -60,7 +61,7 @@ local function scaled(x, dim, scale)
 end
 
 local function interpolated(x, o)
-  if not core.is_tensor(x) then core.fail(("interpolate: a tensor expected, got %s"):format(type(x))) end
+  checks.tensor("interpolate", x)
   local bilinear, scale = o.mode == "bilinear", o.scale_factor
   if not scale then return interpolate(x, o.size[1], o.size[2], bilinear, o.align_corners) end
   if #x.shape ~= 4 then core.fail(("interpolate: 4 dimensions expected, got %d"):format(#x.shape)) end
@@ -135,7 +136,7 @@ local function check_borders(x, o)
     core.fail(('pad: mode is %s; "constant", "reflect", "replicate" or "circular" expected'):format(tostring(o.mode)))
   end
   if type(o.value) ~= "number" then core.fail(("pad: value is %s, a number expected"):format(tostring(o.value))) end
-  if not core.is_tensor(x) then core.fail(("pad: a tensor expected, got %s"):format(type(x))) end
+  checks.tensor("pad", x)
 end
 
 function F.pad(x, widths, given)

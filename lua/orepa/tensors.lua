@@ -1,22 +1,12 @@
 -- What tensors have beside the engine's own ops: statistics, norms, matrices, rearrangements, all made of those ops.
 
 local core = require "orepa.core"
+local checks = require "orepa.checks"
 local document = require "orepa.document"
 local options = require "orepa.options"
 
 local t = core.methods
-
-local function tensor_of(where, x)
-  if not core.is_tensor(x) then core.fail(("%s: a tensor expected, got %s"):format(where, type(x))) end
-  return x
-end
-
-local function float_of(where, x)
-  if not tensor_of(where, x).dtype:find "float" then
-    core.fail(("%s: floats expected, got %s; convert it with to()"):format(where, x.dtype))
-  end
-  return x
-end
+local tensor_of, float_of, wide = checks.tensor, checks.floats, checks.wide
 
 local function whole(where, what, value)
   local n = type(value) == "number" and math.tointeger(value)
@@ -31,11 +21,6 @@ local function dimension(where, dim, rank)
     core.fail(("%s: there is no dimension %d in a tensor of %d (they count from 1, -1 is the last)"):format(where, d, rank))
   end
   return d > 0 and d or d + rank + 1
-end
-
--- Short floats are computed with as float32.
-local function wide(x)
-  return (x.dtype == "bfloat16" or x.dtype == "float16") and x:to "float32" or x
 end
 
 local function kind_of(x)
@@ -202,16 +187,12 @@ local function places(x)
   return core.arange(0, rows - 1, o):reshape(rows, 1), core.arange(0, columns - 1, o)
 end
 
-function t.tril(x, diagonal)
-  diagonal = whole("tril", "the diagonal", diagonal or 0)
-  local rows, columns = places(matrix_of("tril", x))
-  return (columns - rows):le(diagonal):where(x, 0)
-end
-
-function t.triu(x, diagonal)
-  diagonal = whole("triu", "the diagonal", diagonal or 0)
-  local rows, columns = places(matrix_of("triu", x))
-  return (columns - rows):ge(diagonal):where(x, 0)
+for name, is_kept in pairs { tril = t.le, triu = t.ge } do
+  t[name] = function(x, diagonal)
+    diagonal = whole(name, "the diagonal", diagonal or 0)
+    local rows, columns = places(matrix_of(name, x))
+    return is_kept(columns - rows, diagonal):where(x, 0)
+  end
 end
 
 -- Of a matrix its diagonal, of a list the matrix that has it as its diagonal.

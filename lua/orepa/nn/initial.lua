@@ -1,13 +1,14 @@
 -- nn.init: initial values. Each function writes into a tensor, outside of any graph, and gives it back.
 
 local core = require "orepa.core"
+local checks = require "orepa.checks"
 local document = require "orepa.document"
 local options = require "orepa.options"
 
 local init = {}
 
 local function check_tensor(where, t, rank)
-  if not core.is_tensor(t) then core.fail(("%s: a tensor expected, got %s"):format(where, type(t))) end
+  checks.tensor(where, t)
   if not t.dtype:find "float" or #t.shape < (rank or 0) then
     core.fail(("%s: floats of at least %d dimensions expected, got %s of %d"):format(where, rank or 0, t.dtype, #t.shape))
   end

@@ -1,6 +1,7 @@
 -- Norms by an image's, or a row's, own statistics: GroupNorm and LayerNorm. What they do is the same in training and evaluation.
 
 local core = require "orepa.core"
+local checks = require "orepa.checks"
 local document = require "orepa.document"
 local options = require "orepa.options"
 local whole = require("orepa.reparam").check.whole
@@ -42,7 +43,7 @@ end
 
 function GroupNorm:forward(x)
   local o = self.options
-  if not core.is_tensor(x) then core.fail(("GroupNorm: a tensor expected, got %s"):format(type(x))) end
+  checks.tensor("GroupNorm", x)
   if x.shape[2] ~= o.num_channels then
     core.fail(("GroupNorm: input %s for %d channels"):format(table.concat(x.shape, "x"), o.num_channels))
   end
