@@ -43,6 +43,14 @@ typedef enum {
   OREPA_DTYPES /* how many there are */
 } orepa_dtype;
 
+/* An operand is a tensor or, where `tensor` is NULL, a number. */
+typedef struct {
+  orepa_tensor *tensor;
+  double number;
+  int64_t integer;
+  bool is_integer; /* `integer` holds the number exactly */
+} orepa_operand;
+
 /* ---- errors ------------------------------------------------------------------------------------------------------ */
 
 /* The message that the last failing call of this thread left; "" if none did. Valid until the next failing call. */
@@ -133,12 +141,18 @@ OREPA_API void orepa_set_rng_state(orepa_rng state);
 OREPA_API orepa_tensor *orepa_empty(orepa_dtype dtype, const orepa_device *device, int rank, const int64_t *shape);
 OREPA_API orepa_tensor *orepa_full(orepa_dtype dtype, const orepa_device *device, int rank, const int64_t *shape,
                                    double value);
+/* The same of an operand that is a number, of which int64 takes every bit. */
+OREPA_API orepa_tensor *orepa_full_of(orepa_dtype dtype, const orepa_device *device, int rank, const int64_t *shape,
+                                      orepa_operand number);
 /* Uniform in [0, 1); normal with mean 0 and deviation 1. float32 or float64. */
 OREPA_API orepa_tensor *orepa_rand(orepa_dtype dtype, const orepa_device *device, int rank, const int64_t *shape);
 OREPA_API orepa_tensor *orepa_randn(orepa_dtype dtype, const orepa_device *device, int rank, const int64_t *shape);
 /* first, first + step, ... `count` of them. */
 OREPA_API orepa_tensor *orepa_arange(orepa_dtype dtype, const orepa_device *device, double first, double step,
                                      int64_t count);
+/* The same of operands that are numbers, counted in integers if both are. */
+OREPA_API orepa_tensor *orepa_arange_of(orepa_dtype dtype, const orepa_device *device, orepa_operand first,
+                                        orepa_operand step, int64_t count);
 /* Copies `data`, dense in logical order, to a new tensor. */
 OREPA_API orepa_tensor *orepa_from_host(orepa_dtype dtype, const orepa_device *device, int rank, const int64_t *shape,
                                         const void *data);
@@ -325,14 +339,6 @@ OREPA_API int orepa_function_count(void);
 OREPA_API const char *orepa_function_name(orepa_function f);
 OREPA_API int orepa_function_arity(orepa_function f);
 
-/* An operand is a tensor or, where `tensor` is NULL, a number. */
-typedef struct {
-  orepa_tensor *tensor;
-  double number;
-  int64_t integer;
-  bool is_integer; /* `integer` holds the number exactly */
-} orepa_operand;
-
 /* Applies f with broadcasting. Types: between tensors nothing is promoted but bfloat16 or float16 with float32; a
  * number takes the tensors' type, except that integers meet a number with a fraction as float32. */
 OREPA_API orepa_tensor *orepa_apply(orepa_function f, const orepa_operand *operands);
@@ -346,6 +352,7 @@ OREPA_API orepa_tensor *orepa_relu(orepa_tensor *x);
 /* Writes `src`, broadcast and converted, into `dst`; with gradients. */
 OREPA_API int orepa_copy_(orepa_tensor *dst, orepa_tensor *src);
 OREPA_API int orepa_fill_(orepa_tensor *dst, double value);
+OREPA_API int orepa_fill_of_(orepa_tensor *dst, orepa_operand number);
 /* Writes `src`, broadcast, into positions first <= p < last of one axis of `dst`: an op on dst, with gradients. If it
  * is one position, src may lack the axis. */
 OREPA_API int orepa_assign_(orepa_tensor *dst, int axis, int64_t first, int64_t last, orepa_tensor *src);
@@ -370,8 +377,8 @@ OREPA_API orepa_tensor *orepa_reduce(orepa_reduction kind, orepa_tensor *x, int 
 /* ---- shape ops that copy ----------------------------------------------------------------------------------------- */
 
 OREPA_API orepa_tensor *orepa_concatenate(int count, orepa_tensor *const *parts, int axis);
-/* before[d] and after[d] elements of `value` around each axis; negative ones crop. */
-OREPA_API orepa_tensor *orepa_pad(orepa_tensor *x, const int64_t *before, const int64_t *after, double value);
+/* before[d] and after[d] elements of `value`, a number, around each axis; negative ones crop. */
+OREPA_API orepa_tensor *orepa_pad(orepa_tensor *x, const int64_t *before, const int64_t *after, orepa_operand value);
 
 /* ---- elements found by integers: index is int64 and counts from 0 -------------------------------------------------
  */

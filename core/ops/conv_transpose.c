@@ -147,7 +147,7 @@ static orepa_tensor *transpose_recorded(orepa_tensor *const given[3], const tran
 static orepa_tensor *with_rows_behind(orepa_tensor *x, const orepa_conv *conv, const int64_t output_padding[2]) {
   const int64_t none[4] = {0},
                 more[4] = {0, 0, output_padding[0] / conv->stride[0], output_padding[1] / conv->stride[1]};
-  return more[2] || more[3] ? orepa_pad(x, none, more, 0) : orepa_retain(x);
+  return more[2] || more[3] ? orepa_pad(x, none, more, OPERAND_NUMBER(0)) : orepa_retain(x);
 }
 
 static orepa_tensor *transposed(orepa_tensor *const given[3], const transpose_payload *payload,

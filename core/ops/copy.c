@@ -89,9 +89,9 @@ int orepa_copy_(orepa_tensor *dst, orepa_tensor *src) {
   return 0;
 }
 
-int orepa_fill_(orepa_tensor *dst, double value) {
+int orepa_fill_of_(orepa_tensor *dst, orepa_operand number) {
   bool history = orepa_grad_enabled() && dst->requires_grad;
-  if (autograd_check_in_place("fill", dst, history) || tensor_fill(dst, value))
+  if (autograd_check_in_place("fill", dst, history) || tensor_fill(dst, number))
     return -1;
   if (history) { /* a constant now */
     orepa_tensor *made = orepa_detach(dst);
@@ -101,6 +101,10 @@ int orepa_fill_(orepa_tensor *dst, double value) {
     orepa_release(made);
   }
   return 0;
+}
+
+int orepa_fill_(orepa_tensor *dst, double value) {
+  return orepa_fill_of_(dst, OPERAND_NUMBER(value));
 }
 
 /* ---- assignment to a part: what stood there has no gradient, the rest keeps its own ---- */
@@ -130,7 +134,7 @@ static int assign_backward(autograd_node *node, orepa_tensor *dy, orepa_tensor *
   if (!failed && autograd_needs(node, 0)) {
     dx[0] = orepa_clone(dy);
     orepa_tensor *gone = dx[0] ? orepa_slice(dx[0], p->axis, p->first, p->last, 1) : NULL;
-    failed = !gone || tensor_fill(gone, 0);
+    failed = !gone || tensor_fill(gone, OPERAND_NUMBER(0));
     orepa_release(gone);
   }
   return failed ? -1 : 0;

@@ -143,13 +143,6 @@ static int make_plan(orepa_function f, const orepa_operand *operands, elementwis
 
 /* ---- the call ---- */
 
-static device_number number_of(const orepa_operand *operand) {
-  if (operand->is_integer)
-    return (device_number){(double)operand->integer, operand->integer};
-  double x = operand->number;
-  return (device_number){x, x >= -0x1p63 && x < 0x1p63 ? (int64_t)x : 0};
-}
-
 /* Lets an array repeat where `shape` is larger. */
 static void broadcast_array(device_array *array, int rank, const int64_t *shape) {
   device_array old = *array;
@@ -169,7 +162,7 @@ static int run(int f, int derivative, orepa_tensor *y, int count, const orepa_op
   int failed = tensor_materialize(y);
   for (int k = 0; k < count && !failed; k++) {
     if (!operands[k].tensor) {
-      numbers[k] = number_of(&operands[k]);
+      numbers[k] = tensor_number(&operands[k]);
       continue;
     }
     converted[k] = orepa_to(operands[k].tensor, compute, y->storage->device);

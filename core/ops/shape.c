@@ -88,7 +88,7 @@ static int pad_backward(autograd_node *node, orepa_tensor *dy, orepa_tensor **dx
     before[d] = -p->before[d];
     after[d] = -p->after[d];
   }
-  dx[0] = orepa_pad(dy, before, after, 0);
+  dx[0] = orepa_pad(dy, before, after, OPERAND_NUMBER(0));
   return dx[0] ? 0 : -1;
 }
 
@@ -111,7 +111,7 @@ static int pad_views(orepa_tensor **y, orepa_tensor **x, const int64_t *before, 
   return 0;
 }
 
-orepa_tensor *orepa_pad(orepa_tensor *x, const int64_t *before, const int64_t *after, double value) {
+orepa_tensor *orepa_pad(orepa_tensor *x, const int64_t *before, const int64_t *after, orepa_operand value) {
   int64_t shape[OREPA_MAX_RANK];
   for (int d = 0; d < x->rank; d++) {
     shape[d] = x->shape[d] + before[d] + after[d];
@@ -121,7 +121,7 @@ orepa_tensor *orepa_pad(orepa_tensor *x, const int64_t *before, const int64_t *a
       return NULL;
     }
   }
-  orepa_tensor *y = orepa_full(x->dtype, x->storage->device, x->rank, shape, value);
+  orepa_tensor *y = orepa_full_of(x->dtype, x->storage->device, x->rank, shape, value);
   if (!y)
     return NULL;
   bool was = orepa_set_grad_enabled(false);

@@ -188,7 +188,7 @@ orepa_tensor *orepa_tree_branch(orepa_tree *sum, int branch, int count, orepa_te
   orepa_tensor *kernel = squeeze_kernel(sum->children[branch], &f), *padded = NULL;
   if (kernel) {
     int64_t around[4] = {0, 0, (sum->kernel[0] - child->kernel[0]) / 2, (sum->kernel[1] - child->kernel[1]) / 2};
-    padded = orepa_pad(kernel, around, around, 0);
+    padded = orepa_pad(kernel, around, around, (orepa_operand){0});
   }
   orepa_release(kernel);
   orepa_set_grad_enabled(was);

@@ -333,34 +333,51 @@ orepa_tensor *orepa_empty(orepa_dtype dtype, const orepa_device *device, int ran
   return t && tensor_materialize(t) ? tensor_fail(t) : t;
 }
 
-orepa_tensor *orepa_full(orepa_dtype dtype, const orepa_device *device, int rank, const int64_t *shape, double value) {
+orepa_tensor *orepa_full_of(orepa_dtype dtype, const orepa_device *device, int rank, const int64_t *shape,
+                            orepa_operand number) {
   orepa_tensor *t = tensor_new(dtype, device, rank, shape);
-  return t && tensor_fill(t, value) ? tensor_fail(t) : t;
+  return t && tensor_fill(t, number) ? tensor_fail(t) : t;
 }
 
-/* `count` numbers into fresh memory of float64, a piece at a time. */
-static int upload_sequence(orepa_tensor *t, double first, double step) {
-  double piece[512];
-  const int64_t count = t->shape[0], most = sizeof piece / sizeof *piece;
+orepa_tensor *orepa_full(orepa_dtype dtype, const orepa_device *device, int rank, const int64_t *shape, double value) {
+  return orepa_full_of(dtype, device, rank, shape, (orepa_operand){.number = value});
+}
+
+/* A sequence's numbers into fresh memory of float64 or int64, a piece at a time. */
+static int upload_sequence(orepa_tensor *t, const device_number *first, const device_number *step) {
+  union {
+    double reals[512];
+    int64_t integers[512];
+  } piece;
+  const int64_t count = t->shape[0], most = sizeof piece.reals / sizeof *piece.reals;
+  const bool whole = t->dtype == OREPA_INT64;
   device_array to;
   if (tensor_writes(t, &to))
     return -1;
   for (int64_t start = 0; start < count; start += most) {
     int64_t n = count - start < most ? count - start : most;
     for (int64_t k = 0; k < n; k++)
-      piece[k] = first + (double)(start + k) * step;
-    if (DISPATCH("arange", t->dtype, t->storage->device, upload, (double *)to.data + start, piece,
-                 (size_t)n * sizeof *piece))
+      if (whole)
+        piece.integers[k] = first->integer + (start + k) * step->integer;
+      else
+        piece.reals[k] = first->real + (double)(start + k) * step->real;
+    if (DISPATCH("arange", t->dtype, t->storage->device, upload, (char *)to.data + start * 8, &piece, (size_t)n * 8))
       return -1;
   }
   return 0;
 }
 
-orepa_tensor *orepa_arange(orepa_dtype dtype, const orepa_device *device, double first, double step, int64_t count) {
-  orepa_tensor *wide = tensor_new(OREPA_FLOAT64, device, 1, &count);
-  orepa_tensor *t = wide && !upload_sequence(wide, first, step) ? orepa_to(wide, dtype, device) : NULL;
+orepa_tensor *orepa_arange_of(orepa_dtype dtype, const orepa_device *device, orepa_operand first, orepa_operand step,
+                              int64_t count) {
+  orepa_tensor *wide = tensor_new(first.is_integer && step.is_integer ? OREPA_INT64 : OREPA_FLOAT64, device, 1, &count);
+  device_number from = tensor_number(&first), by = tensor_number(&step);
+  orepa_tensor *t = wide && !upload_sequence(wide, &from, &by) ? orepa_to(wide, dtype, device) : NULL;
   orepa_release(wide);
   return t;
+}
+
+orepa_tensor *orepa_arange(orepa_dtype dtype, const orepa_device *device, double first, double step, int64_t count) {
+  return orepa_arange_of(dtype, device, (orepa_operand){.number = first}, (orepa_operand){.number = step}, count);
 }
 
 orepa_dtype orepa_tensor_dtype(const orepa_tensor *t) {
@@ -410,12 +427,17 @@ int tensor_copy_into(orepa_tensor *dst, orepa_tensor *src) {
   return DISPATCH("copy", dst->dtype, dst->storage->device, copy, &to, &from);
 }
 
-int tensor_fill(orepa_tensor *t, double value) {
+device_number tensor_number(const orepa_operand *number) {
+  if (number->is_integer)
+    return (device_number){(double)number->integer, number->integer};
+  return (device_number){number->number, double_to_int64(number->number)};
+}
+
+int tensor_fill(orepa_tensor *t, orepa_operand number) {
   device_array to;
   if (tensor_writes(t, &to))
     return -1;
-  device_number number = {value, double_to_int64(value)};
-  return DISPATCH("fill", t->dtype, t->storage->device, fill, &to, number);
+  return DISPATCH("fill", t->dtype, t->storage->device, fill, &to, tensor_number(&number));
 }
 
 /* ---- to and from the host, in logical order ---- */

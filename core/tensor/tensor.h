@@ -118,6 +118,8 @@ orepa_rng rng_draw(void);
 
 /* ---- small kernels that everybody calls, without autograd */
 int tensor_copy_into(orepa_tensor *dst, orepa_tensor *src); /* shapes equal; converts */
-int tensor_fill(orepa_tensor *t, double value);
+int tensor_fill(orepa_tensor *t, orepa_operand number);
+/* A number as devices take it. */
+device_number tensor_number(const orepa_operand *number);
 
 #endif

@@ -331,12 +331,16 @@ bind_kind bind_kind_option(lua_State *L, int index, const char *function) {
                      dtype != NULL};
 }
 
+orepa_operand bind_number(lua_State *L, int index) {
+  orepa_operand operand = {.number = luaL_checknumber(L, index), .is_integer = lua_isinteger(L, index)};
+  operand.integer = operand.is_integer ? lua_tointeger(L, index) : 0;
+  return operand;
+}
+
 orepa_operand bind_operand(lua_State *L, int index) {
   orepa_operand operand = {NULL, 0, 0, false};
   if (lua_type(L, index) == LUA_TNUMBER) {
-    operand.number = lua_tonumber(L, index);
-    operand.is_integer = lua_isinteger(L, index);
-    operand.integer = operand.is_integer ? lua_tointeger(L, index) : 0;
+    operand = bind_number(L, index);
   } else if (luaL_testudata(L, index, BIND_TENSOR)) {
     operand.tensor = bind_tensor(L, index);
   } else {
@@ -350,7 +354,7 @@ orepa_tensor *bind_tensor_or_scalar(lua_State *L, int index, const orepa_tensor 
   if (value.tensor)
     return value.tensor;
   orepa_tensor **made = bind_new(L);
-  *made = orepa_full(orepa_tensor_dtype(t), orepa_tensor_device(t), 0, NULL, value.number);
+  *made = orepa_full_of(orepa_tensor_dtype(t), orepa_tensor_device(t), 0, NULL, value);
   if (!*made)
     bind_fail(L);
   return *made;

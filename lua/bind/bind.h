@@ -127,6 +127,8 @@ bind_kind bind_kind_option(lua_State *L, int index, const char *function);
 orepa_dtype bind_dtype(lua_State *L, const char *name);
 const orepa_device *bind_device(lua_State *L, const char *name);
 
+/* The number there; an error otherwise. */
+orepa_operand bind_number(lua_State *L, int index);
 /* An operand of an element-wise function: a tensor or a number. */
 orepa_operand bind_operand(lua_State *L, int index);
 /* The tensor there, or a scalar like `t` of the number there, which is pushed. */

@@ -266,8 +266,8 @@ static int l_copy(lua_State *L) {
 
 static int l_fill(lua_State *L) {
   orepa_tensor *t = bind_tensor(L, 1);
-  double value = luaL_checknumber(L, 2);
-  BIND_RETURN_SELF(L, orepa_fill_(t, value));
+  orepa_operand value = bind_number(L, 2);
+  BIND_RETURN_SELF(L, orepa_fill_of_(t, value));
 }
 
 static int l_zero(lua_State *L) {

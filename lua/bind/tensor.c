@@ -122,8 +122,8 @@ static int l_full(lua_State *L) {
     return bind_error(L, "full: a number expected second, got %s", luaL_typename(L, 2));
   bind_kind kind = bind_kind_option(L, 3, "full");
   int rank = bind_shape(L, 1, 1, shape, false);
-  double value = lua_tonumber(L, 2);
-  BIND_RETURN(L, orepa_full(kind.dtype, kind.device, rank, shape, value));
+  orepa_operand value = bind_number(L, 2);
+  BIND_RETURN(L, orepa_full_of(kind.dtype, kind.device, rank, shape, value));
 }
 
 static int make_random(lua_State *L, const char *function,
@@ -142,6 +142,19 @@ static int l_randn(lua_State *L) {
   return make_random(L, "randn", orepa_randn);
 }
 
+/* How many numbers from first to last: exactly if all are integers. `steps`: what their doubles say, at most 1e15. */
+static int64_t steps_to(const orepa_operand *first, const orepa_operand *last, const orepa_operand *step,
+                        double steps) {
+  if (!first->is_integer || !last->is_integer || !step->is_integer)
+    return steps >= 0 ? (int64_t)(steps + 1e-9) + 1 : 0;
+  bool up = step->integer > 0;
+  if (up ? last->integer < first->integer : last->integer > first->integer)
+    return 0;
+  uint64_t low = (uint64_t)(up ? first : last)->integer, high = (uint64_t)(up ? last : first)->integer;
+  uint64_t by = up ? (uint64_t)step->integer : 0 - (uint64_t)step->integer;
+  return (int64_t)((high - low) / by) + 1;
+}
+
 static int l_arange(lua_State *L) {
   int top = lua_gettop(L), numbers = top > 0 && bind_is_options(L, top) ? top - 1 : top;
   bind_kind kind = bind_kind_option(L, numbers + 1, "arange");
@@ -150,12 +163,15 @@ static int l_arange(lua_State *L) {
   for (int k = 1; k <= numbers; k++)
     if (lua_type(L, k) != LUA_TNUMBER)
       return bind_error(L, "arange: argument %d: a number expected, got %s", k, luaL_typename(L, k));
-  double first = numbers > 1 ? lua_tonumber(L, 1) : 1, last = lua_tonumber(L, numbers > 1 ? 2 : 1);
-  double step = numbers > 2 ? lua_tonumber(L, 3) : 1;
-  if (step == 0 || !((last - first) / step <= 1e15)) /* NaN is neither */
-    return bind_error(L, "arange: from %f to %f in steps of %f is no finite list", first, last, step);
-  int64_t count = (last - first) / step >= 0 ? (int64_t)((last - first) / step + 1e-9) + 1 : 0;
-  BIND_RETURN(L, orepa_arange(kind.dtype, kind.device, first, step, count));
+  const orepa_operand one = {.number = 1, .integer = 1, .is_integer = true};
+  orepa_operand first = numbers > 1 ? bind_number(L, 1) : one, last = bind_number(L, numbers > 1 ? 2 : 1);
+  orepa_operand step = numbers > 2 ? bind_number(L, 3) : one;
+  double steps = (last.number - first.number) / step.number;
+  if (step.number == 0 || !(steps <= 1e15)) /* NaN is neither */
+    return bind_error(L, "arange: from %f to %f in steps of %f is no finite list", first.number, last.number,
+                      step.number);
+  int64_t count = steps_to(&first, &last, &step, steps);
+  BIND_RETURN(L, orepa_arange_of(kind.dtype, kind.device, first, step, count));
 }
 
 /* ---- to Lua ---- */

@@ -273,7 +273,7 @@ static int l_pad(lua_State *L) {
     (d % 2 ? after : before)[d / 2] = bind_integer(L, -1, "pad: a width");
     lua_pop(L, 1);
   }
-  double value = luaL_optnumber(L, 3, 0);
+  orepa_operand value = lua_isnoneornil(L, 3) ? (orepa_operand){0} : bind_number(L, 3);
   BIND_RETURN(L, orepa_pad(t, before, after, value));
 }
 

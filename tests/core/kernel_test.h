@@ -21,6 +21,13 @@
 #include "dtype.h"
 #include "error.h"
 
+/* Of so many random cases, fewer where every access is checked and takes its time. */
+#ifdef __SANITIZE_ADDRESS__
+#define RANDOM_CASES(count) ((count) / 3)
+#else
+#define RANDOM_CASES(count) (count)
+#endif
+
 /* ---- devices ---- */
 
 /* for_each_isa(device) { ... }: the cpu's table for each instruction set that this machine has. */

@@ -61,7 +61,7 @@ static void check(const geometry *g, orepa_dtype dtype, uint64_t seed) {
 static void random_geometries(void **unused) {
   (void)unused;
   uint64_t state = 1;
-  for (int k = 0; k < 300; k++) {
+  for (int k = 0; k < RANDOM_CASES(300); k++) {
     geometry g = random_geometry(&state);
     check(&g, OREPA_FLOAT32, (uint64_t)k);
     check(&g, OREPA_BFLOAT16, (uint64_t)k);
@@ -166,7 +166,7 @@ static void prologue_and_moments(void **unused) {
   (void)unused;
   uint64_t state = 2;
   for_each_isa(device) {
-    for (int k = 0; k < 60; k++) {
+    for (int k = 0; k < RANDOM_CASES(90); k++) {
       geometry g = k < 21 ? network[k] : random_geometry(&state);
       g.batch = g.batch > 8 && k < 9 ? 17 : g.batch;
       check_on(device, &g, k % 8 == 7 ? OREPA_BFLOAT16 : OREPA_FLOAT32, (uint64_t)k, k % 3 != 0, k % 3 != 1);
@@ -264,7 +264,7 @@ static void check_followed(const geometry *g, orepa_dtype dtype, uint64_t seed, 
 static void followed_convolutions(void **unused) {
   (void)unused;
   uint64_t state = 5;
-  for (int k = 0; k < 150; k++) {
+  for (int k = 0; k < RANDOM_CASES(150); k++) {
     geometry g = random_geometry(&state);
     check_followed(&g, k % 3 ? OREPA_FLOAT32 : OREPA_BFLOAT16, (uint64_t)k, k % 8);
   }

@@ -202,7 +202,7 @@ static conv_geometry random_geometry(uint64_t *state) {
 static void random_geometries(void **unused) {
   (void)unused;
   uint64_t state = 1;
-  for_each_winograd(k) for (int n = 0; n < 250; n++) {
+  for_each_winograd(k) for (int n = 0; n < RANDOM_CASES(250); n++) {
     conv_geometry g = random_geometry(&state);
     check(k, &g, (uint64_t)n, n % 4 == 3 ? 1000 : 0, 1 + n % 3);
   }

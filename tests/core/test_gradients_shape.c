@@ -202,7 +202,7 @@ static orepa_tensor *concatenate_itself(orepa_tensor *const *inputs, const void 
 
 static orepa_tensor *pad(orepa_tensor *const *inputs, const void *options) {
   const shape_options *o = options;
-  return orepa_pad(inputs[0], o->before, o->after, o->number);
+  return orepa_pad(inputs[0], o->before, o->after, (orepa_operand){.number = o->number});
 }
 
 static void concatenate_deals_the_gradient_out(void **state) {

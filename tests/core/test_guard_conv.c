@@ -121,7 +121,7 @@ static void check(const geometry *g, orepa_dtype dtype, uint64_t seed, int first
 static void any(void **unused) {
   (void)unused;
   uint64_t state = 3;
-  for (int k = 0; k < 60; k++) {
+  for (int k = 0; k < RANDOM_CASES(60); k++) {
     geometry g = random_geometry(&state);
     check(&g, k % 2 ? OREPA_BFLOAT16 : OREPA_FLOAT32, (uint64_t)k, 1 + k % 3, 3, k % 5 == 0);
   }

@@ -31,7 +31,7 @@ static void write_to(orepa_tensor *to, int how) {
   else if (how == 1)
     done(orepa_apply_in_place(FUNCTION_add, (orepa_operand[]){{.tensor = to}, {.number = 3}, {.tensor = NULL}}));
   else
-    done(tensor_fill(to, 2));
+    done(tensor_fill(to, (orepa_operand){.number = 2}));
 }
 
 /* Without a graph: maps are what they were before the write. */

@@ -380,7 +380,7 @@ static void test_operands_that_do_not_go_together(void **unused) {
     orepa_tensor *parts[2] = {a, b};
     assert_no_tensor(orepa_concatenate(2, parts, 0), "part 1 is float32 2x3 on");
     assert_no_tensor(orepa_concatenate(0, parts, 0), "nothing to put together");
-    assert_no_tensor(orepa_pad(a, (int64_t[]){0, -4}, (int64_t[]){0, 2}, 0), "(input 2x3)");
+    assert_no_tensor(orepa_pad(a, (int64_t[]){0, -4}, (int64_t[]){0, 2}, (orepa_operand){0}), "(input 2x3)");
     assert_no_tensor(orepa_matmul(a, b), "2x4");
     orepa_tensor *y = must(orepa_add(a, a)); /* nothing of this did any harm */
     assert_values(y, 2, 2, 2, 2, 2, 2);

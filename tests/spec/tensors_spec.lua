@@ -45,6 +45,34 @@ for _, device in ipairs { "cpu", "ref" } do
       assert.equal(-math.huge, tensor({ -math.huge, -math.huge }):logsumexp():item())
     end)
 
+    it("integers of 64 bits stay exact, whatever writes them", function()
+      local odd, least = (1 << 53) + 1, math.mininteger + 1
+      local function whole(values) return tensor(values, "int64") end
+      local kind, mask = { dtype = "int64", device = device }, orepa.tensor({ true, false }, { device = device })
+      for name, write in pairs {
+        tensor = function(n) return whole { n, 0 } end,
+        full = function(n) return orepa.cat { orepa.full({ 1 }, n, kind), whole { 0 } } end,
+        fill_ = function(n) return orepa.cat { whole({ 1 }):fill_(n), whole { 0 } } end,
+        masked_fill = function(n) return whole({ 1, 0 }):masked_fill(mask, n) end,
+        where = function(n) return orepa.where(mask, n, whole { 1, 0 }) end,
+        scatter = function(n) return whole({ 1, 0 }):scatter(1, whole { 0 }, n) end,
+        scatter_ = function(n) return whole({ 1, 0 }):scatter_(1, whole { 0 }, n) end,
+        index_copy_ = function(n) return whole({ 1, 0 }):index_copy_(1, whole { 0 }, n) end,
+        pad = function(n) return orepa.cat { orepa.pad(whole {}, { 1, 0 }, n), whole { 0 } } end,
+        arange = function(n) return orepa.arange(n, n - 1, -1, kind) - whole { 0, n - 1 } end,
+        clamp = function(n) return whole({ n - 5, 0 }):clamp(n, n) - whole { 0, n } end,
+        ["t[1] = n"] = function(n) local t = whole { 1, 0 }; t[1] = n; return t end,
+        ["t[{1}] = n"] = function(n) local t = whole { 1, 0 }; t[{ 1 }] = n; return t end,
+        ["t[mask] = n"] = function(n) local t = whole { 1, 0 }; t[mask] = n; return t end,
+      } do
+        for _, n in ipairs { odd, least } do assert.same({ name, n, 0 }, { name, table.unpack(write(n):tolist()) }) end
+      end
+      assert.same({ odd - 1, odd, odd + 1 }, orepa.arange(odd - 1, odd + 1, kind):tolist())
+      local most = math.maxinteger
+      assert.same({ least, -1, most - 2 }, orepa.arange(least, most, most - 1, kind):tolist())
+      assert.same({}, orepa.arange(odd, odd - 1, kind):tolist())
+    end)
+
     it("sums of long tensors and of short floats lose nothing", function()
       local many = orepa.ones({ 1 << 20 }, { device = device })
       assert.equal((1 << 20) + (1 << 24), (many:sum() + (1 << 24)):item())
