@@ -130,7 +130,59 @@ function t.median(x, dim, given)
   return value, position
 end
 
+-- Between two neighbours in the order of the elements the share of each is where q lies between them. NaN wins.
+local function quantile_of(sorted, q, d)
+  local size = sorted.shape[d]
+  local place = q * (size - 1)
+  local low, share = math.floor(place), place % 1
+  local function at(position) return sorted:slice(d, position, position) end
+  local value = at(low + 1)
+  if share > 0 then value = value * (1 - share) + at(low + 2) * share end
+  local last = at(size)
+  return last:isnan():where(last, value)
+end
+
+function t.quantile(x, q, dim, given)
+  float_of("quantile", x)
+  if given == nil and type(dim) == "table" then dim, given = nil, dim end
+  local o = options("quantile", given, { keepdim = false })
+  local kept = dim == nil and {} or nil
+  if kept then
+    for k = 1, #x.shape do kept[k] = 1 end
+    x = x:reshape(-1)
+  end
+  local d = kept and 1 or dimension("quantile", dim, #x.shape)
+  if x.shape[d] == 0 then core.fail(("quantile: dimension %d has no elements"):format(d)) end
+  local sorted, parts = (wide(x):sort(d)), {}
+  for k, share in ipairs(type(q) == "table" and q or { q }) do
+    if type(share) ~= "number" or not (share >= 0 and share <= 1) then
+      core.fail(("quantile: %s is no share from 0 to 1"):format(tostring(share)))
+    end
+    local value = quantile_of(sorted, share, d)
+    parts[k] = (not o.keepdim and value:squeeze(d) or kept and value:reshape(kept) or value):to(x.dtype)
+  end
+  if #parts == 0 then core.fail("quantile: a number from 0 to 1 expected, or a list of them") end
+  return type(q) == "table" and core.stack(parts) or parts[1]
+end
+
 -- ---- elements ----
+
+-- How many elements are in each of `bins` equal parts of lowest ... highest, which is in the last; the others are left out.
+function t.histc(x, bins, lowest, highest)
+  local values = tensor_of("histc", x):detach():reshape(-1):to "float64"
+  bins = whole("histc", "the number of bins", bins or 100)
+  if bins < 1 then core.fail(("histc: %d bins"):format(bins)) end
+  local some = values:count() > 0
+  lowest = lowest or some and values:min():item() or 0
+  highest = highest or some and values:max():item() or 0
+  if type(lowest) ~= "number" or type(highest) ~= "number" or not (highest - lowest >= 0 and highest - lowest < math.huge) then
+    core.fail(("histc: there are no bins from %s to %s"):format(lowest, highest))
+  end
+  if lowest == highest then lowest, highest = lowest - 1, highest + 1 end
+  values = values[values:ge(lowest):logical_and(values:le(highest))]
+  local place = ((values - lowest) * (bins / (highest - lowest))):floor():clamp(0, bins - 1):to "int64"
+  return core.zeros({ bins }, { dtype = "int64", device = x.device }):scatter_add(1, place, core.ones_like(place))
+end
 
 -- Sorted, each once; beside it where each element of x is among them, and how often each is there.
 function t.unique(x)
@@ -326,6 +378,18 @@ document("t:median", [[
   then it alone. NaN wins.
   > orepa.tensor({3, 1, 2}):median()
   > orepa.randn(3, 5):median(2)]])
+document("t:quantile", [[
+  t:quantile(q, dim, {keepdim=}) -> tensor
+  What the share q, from 0 to 1, of the elements along a dimension, or of all, is at most: one of them, or between two
+  neighbours in proportion. With a list of shares the results are stacked. NaN wins.
+  > orepa.tensor({1, 2, 3, 5}):quantile(0.5)
+  > orepa.randn(3, 50):quantile({0.05, 0.95}, 2)]])
+document("t:histc", [[
+  t:histc(bins, lowest, highest) -> int64 tensor
+  How many elements are in each of so many (100) equal parts of lowest ... highest, of the elements' own range if not given.
+  The highest is in the last; what is outside, NaN too, is not counted.
+  > orepa.tensor({1, 2, 2, 5}):histc(4)
+  > orepa.randn(1000):histc(10, -3, 3)]])
 document("t:unique", [[
   t:unique() -> tensor, int64 tensor, int64 tensor
   The elements in order, each once; where among those each element of t is, counted from 0; and how often each is there.
