@@ -85,10 +85,14 @@ static orepa_dtype type_of_numbers(orepa_function f, const orepa_operand *operan
   return OREPA_INT64;
 }
 
+static bool is_int64(double x) {
+  return x >= -0x1p63 && x < 0x1p63 && x == (double)(int64_t)x;
+}
+
 /* Whether the numbers among the operands need more than integers. */
 static bool has_fraction(orepa_function f, const orepa_operand *operands) {
   for (int k = 0; k < functions[f].operands; k++)
-    if (!operands[k].tensor && !operands[k].is_integer && operands[k].number != (double)(int64_t)operands[k].number)
+    if (!operands[k].tensor && !operands[k].is_integer && !is_int64(operands[k].number))
       return true;
   return false;
 }
