@@ -107,16 +107,20 @@ function t.logsumexp(x, dims, given)
   return reduce(t.sum, sum, list, o.keepdim):to(x.dtype)
 end
 
+-- What is put in order, along a dimension, all of it if none is named: x, the dimension, its size.
+local function line_of(where, x, dim)
+  if dim == nil then x, dim = x:reshape(-1), 1 end
+  local d = dimension(where, dim, #x.shape)
+  if x.shape[d] == 0 then core.fail(("%s: dimension %d has no elements"):format(where, d)) end
+  return x, d, x.shape[d]
+end
+
 -- The lower one of two in the middle. NaN sorts last: where there is one it is the median.
 function t.median(x, dim, given)
   tensor_of("median", x)
-  local all = dim == nil
   local o = options("median", given, { keepdim = false })
-  if all then x = x:reshape(-1) end
-  local d = all and 1 or dimension("median", dim, #x.shape)
-  local size = x.shape[d]
-  if size == 0 then core.fail(("median: dimension %d has no elements"):format(d)) end
-  local values, positions = x:sort(d)
+  local line, d, size = line_of("median", x, dim)
+  local values, positions = line:sort(d)
   local function at(sorted, position) return sorted:slice(d, position, position) end
   local middle = (size + 1) // 2
   local value, position = at(values, middle), at(positions, middle)
@@ -126,40 +130,31 @@ function t.median(x, dim, given)
     value, position = nan:where(last, value), nan:where(at(positions, size), position)
   end
   if not o.keepdim then value, position = value:squeeze(d), position:squeeze(d) end
-  if all then return value end
+  if dim == nil then return value end
   return value, position
 end
 
 -- Between two neighbours in the order of the elements the share of each is where q lies between them. NaN wins.
-local function quantile_of(sorted, q, d)
-  local size = sorted.shape[d]
-  local place = q * (size - 1)
-  local low, share = math.floor(place), place % 1
-  local function at(position) return sorted:slice(d, position, position) end
-  local value = at(low + 1)
-  if share > 0 then value = value * (1 - share) + at(low + 2) * share end
-  local last = at(size)
-  return last:isnan():where(last, value)
-end
-
 function t.quantile(x, q, dim, given)
   float_of("quantile", x)
   if given == nil and type(dim) == "table" then dim, given = nil, dim end
   local o = options("quantile", given, { keepdim = false })
-  local kept = dim == nil and {} or nil
-  if kept then
-    for k = 1, #x.shape do kept[k] = 1 end
-    x = x:reshape(-1)
-  end
-  local d = kept and 1 or dimension("quantile", dim, #x.shape)
-  if x.shape[d] == 0 then core.fail(("quantile: dimension %d has no elements"):format(d)) end
-  local sorted, parts = (wide(x):sort(d)), {}
+  local line, d, size = line_of("quantile", x, dim)
+  local sorted, kept, parts = (wide(line):sort(d)), {}, {}
+  for k, length in ipairs(x.shape) do kept[k] = (dim == nil or k == d) and 1 or length end
+  local function at(position) return sorted:slice(d, position, position) end
+  local last = at(size)
+  local nan = last:isnan()
   for k, share in ipairs(type(q) == "table" and q or { q }) do
     if type(share) ~= "number" or not (share >= 0 and share <= 1) then
       core.fail(("quantile: %s is no share from 0 to 1"):format(tostring(share)))
     end
-    local value = quantile_of(sorted, share, d)
-    parts[k] = (not o.keepdim and value:squeeze(d) or kept and value:reshape(kept) or value):to(x.dtype)
+    local place = share * (size - 1)
+    local low, between = math.floor(place), place % 1
+    local value = at(low + 1)
+    if between > 0 then value = value * (1 - between) + at(low + 2) * between end
+    value = nan:where(last, value):to(x.dtype)
+    parts[k] = o.keepdim and value:reshape(kept) or value:squeeze(d)
   end
   if #parts == 0 then core.fail("quantile: a number from 0 to 1 expected, or a list of them") end
   return type(q) == "table" and core.stack(parts) or parts[1]

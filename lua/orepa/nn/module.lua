@@ -4,6 +4,7 @@
 local core = require "orepa.core"
 local grouped = require("orepa.columns").grouped
 local calls = require "orepa.nn.calls"
+local checks = require "orepa.checks"
 local document = require "orepa.document"
 local with = require("orepa.options").with
 local state = require "orepa.state"
@@ -154,7 +155,7 @@ end
 -- ---- fields ----
 
 local function Parameter(t)
-  if not core.is_tensor(t) then core.fail(("Parameter: a tensor expected, got %s"):format(type(t))) end
+  checks.tensor("Parameter", t)
   t:requires_grad_()
   parameters[t] = true
   return t
