@@ -10,11 +10,13 @@
 struct orepa_trace {
   orepa_event *events;
   int64_t count, capacity, lost;
-  int64_t open; /* the innermost event that is; -1: none */
+  int64_t open;   /* the innermost event that is; -1: none */
+  int64_t before; /* the events of earlier traces: those of all have numbers */
 };
 
 static atomic_bool under_way;
 static _Thread_local orepa_trace *current;
+static int64_t numbered; /* events of all traces that are over; whoever has the one under way looks at it */
 
 int orepa_trace_start(void) {
   orepa_trace *trace = calloc(1, sizeof *trace);
@@ -25,6 +27,7 @@ int orepa_trace_start(void) {
     return error_set("trace: one is under way already, and they do not nest");
   }
   trace->open = -1;
+  trace->before = numbered;
   current = trace;
   timings_want(TIMINGS_TRACE, true);
   return 0;
@@ -40,6 +43,7 @@ orepa_trace *orepa_trace_stop(void) {
   orepa_event_close(outermost, 0);
   timings_want(TIMINGS_TRACE, false);
   current = NULL;
+  numbered += trace->count;
   atomic_store(&under_way, false);
   return trace;
 }
@@ -107,6 +111,20 @@ void trace_close_kernel(int64_t event, const char *op, const char *entry, const 
   e->macs = macs;
   memcpy(e->detail, detail, strnlen(detail, sizeof e->detail - 1)); /* the event's is zeroed */
   orepa_event_close(event, 0);
+}
+
+/* ---- memory ---- */
+
+int64_t trace_memory_got(size_t bytes) {
+  if (!orepa_is_traced() || current->open < 0)
+    return 0;
+  current->events[current->open].kept += bytes;
+  return current->before + current->open + 1;
+}
+
+void trace_memory_given_back(int64_t mark, size_t bytes) {
+  if (mark && orepa_is_traced() && mark > current->before)
+    current->events[mark - current->before - 1].kept -= bytes;
 }
 
 /* ---- asking ---- */

@@ -96,7 +96,7 @@ promise *promise_of(const orepa_tensor *t, const promise_kind *kind) {
 
 int promise_begin(promise *p, device_array *map) {
   tensor_storage *storage = p->map.storage;
-  if (!storage->memory && storage->bytes && !(storage->memory = allocator_get(storage->device, storage->bytes)))
+  if (storage_get_memory(storage))
     return -1;
   tensor_outline(&p->map, map);
   map->data = storage->memory;
@@ -109,8 +109,7 @@ void promise_end(promise *p, bool filled) {
     storage->promise = NULL;
     promise_free(p);
   } else {
-    allocator_put(storage->device, storage->memory, storage->bytes);
-    storage->memory = NULL;
+    storage_give_back(storage);
   }
 }
 

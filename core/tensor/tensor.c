@@ -10,6 +10,7 @@
 #include "dtype.h"
 #include "loader_thread.h"
 #include "tensor/promise.h"
+#include "trace.h"
 
 /* ---- types ---- */
 
@@ -183,6 +184,25 @@ orepa_tensor *orepa_retain(orepa_tensor *t) {
   return t;
 }
 
+/* ---- storages ---- */
+
+int storage_get_memory(tensor_storage *storage) {
+  if (storage->memory || !storage->bytes)
+    return 0;
+  storage->memory = allocator_get(storage->device, storage->bytes);
+  if (!storage->memory)
+    return -1;
+  storage->event = trace_memory_got(storage->bytes);
+  return 0;
+}
+
+void storage_give_back(tensor_storage *storage) {
+  trace_memory_given_back(storage->event, storage->bytes);
+  allocator_put(storage->device, storage->memory, storage->bytes);
+  storage->memory = NULL;
+  storage->event = 0;
+}
+
 static void storage_release(tensor_storage *storage) {
   if (atomic_fetch_sub_explicit(&storage->references, 1, memory_order_acq_rel) != 1)
     return;
@@ -191,7 +211,7 @@ static void storage_release(tensor_storage *storage) {
   orepa_release(storage->moments);
   orepa_release(storage->cast);
   orepa_release(storage->packed);
-  allocator_put(storage->device, storage->memory, storage->bytes);
+  storage_give_back(storage);
   free(storage);
 }
 
@@ -219,10 +239,7 @@ void orepa_release(orepa_tensor *t) {
 static int storage_fill(tensor_storage *storage) {
   if (storage->promise)
     return promise_fill(storage->promise);
-  if (storage->memory || !storage->bytes)
-    return 0;
-  storage->memory = allocator_get(storage->device, storage->bytes);
-  return storage->memory ? 0 : -1;
+  return storage_get_memory(storage);
 }
 
 void tensor_outline(const orepa_tensor *t, device_array *array) {

@@ -22,7 +22,8 @@ typedef struct {
   atomic_int references;
   const orepa_device *device;
   size_t bytes;
-  void *memory; /* NULL until it is needed */
+  void *memory;  /* NULL until it is needed */
+  int64_t event; /* in which it was got; 0: none (trace.h) */
   uint64_t version;
   promise *promise;        /* what would fill it; NULL: nothing, or it is filled */
   promise_reader *readers; /* the promises that read it */
@@ -102,6 +103,10 @@ bool tensor_is_whole(const orepa_tensor *t);
 bool shape_equal(const orepa_tensor *a, const orepa_tensor *b);
 /* The axis, counted from 0, of `axis` in [-rank, rank); -1 and a message otherwise. */
 int shape_axis(const char *op, int rank, int axis);
+
+/* Memory for a storage, unless it has some; 0, or -1 with a message. */
+int storage_get_memory(tensor_storage *storage);
+void storage_give_back(tensor_storage *storage);
 
 /* Gives back the storage of a handle that is not counted itself (autograd_saved). */
 void tensor_drop_storage(orepa_tensor *t);

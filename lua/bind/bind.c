@@ -109,9 +109,13 @@ void bind_push(lua_State *L, orepa_tensor *t) {
 /* ---- garbage ----
  * Lua sees handles of a few bytes where the engine holds maps of megabytes. What drives collection is the engine's live
  * bytes: `left` is the most that an earlier collection left, sinking by 1% at each, so that a peak is forgotten after a
- * while. */
+ * while. A collection walks Lua's whole heap, so that as many bytes again may be lost before the next. */
 
 static _Thread_local double left; /* a worker of a loader has a heap of its own */
+
+static size_t heap_bytes(lua_State *L) {
+  return (size_t)lua_gc(L, LUA_GCCOUNT) << 10;
+}
 
 static void collect(lua_State *L) {
   double start = orepa_clock();
@@ -153,7 +157,7 @@ void bind_stress(lua_State *L) {
 
 void bind_collect(lua_State *L) {
   bind_note_place(L);
-  if (stressed || (double)orepa_memory_live() > 1.05 * left + (16 << 20))
+  if (stressed || (double)orepa_memory_live() > 1.05 * left + (16 << 20) + (double)heap_bytes(L))
     collect(L);
 }
 
@@ -161,8 +165,7 @@ void bind_collect(lua_State *L) {
 enum { HEAPS = 32 };
 
 void bind_tidy(lua_State *L) {
-  size_t heap = (size_t)lua_gc(L, LUA_GCCOUNT) << 10;
-  if (orepa_memory_live() / HEAPS > heap)
+  if (orepa_memory_live() / HEAPS > heap_bytes(L))
     collect(L);
 }
 

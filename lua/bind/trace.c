@@ -154,6 +154,7 @@ static int l_event(lua_State *L) {
   set_number(L, "seconds", e->end - e->start);
   set_integer(L, "macs", e->macs);
   set_integer(L, "bytes", (int64_t)e->bytes);
+  set_integer(L, "kept", (int64_t)e->kept);
   set_integer(L, "live_at_start", (int64_t)e->live_at_start);
   set_integer(L, "live_at_end", (int64_t)e->live_at_end);
   set_integer(L, "nodes_at_start", (int64_t)e->nodes_at_start);

@@ -91,6 +91,41 @@ static void test_many_events_are_kept(void **unused) {
   orepa_trace_free(trace);
 }
 
+static void test_what_has_memory_at_the_end_is_kept_by_the_event_in_which_it_got_it(void **unused) {
+  (void)unused;
+  orepa_tensor *earlier = must(orepa_rand(OREPA_FLOAT32, CPU, SHAPE(1000)));
+  done(orepa_trace_start());
+  orepa_release(must(orepa_rand(OREPA_FLOAT32, CPU, SHAPE(9)))); /* in no event */
+  int64_t outer = orepa_event_open(OREPA_EVENT_MODULE, "outer", 0);
+  orepa_tensor *a = must(orepa_rand(OREPA_FLOAT32, CPU, SHAPE(100)));
+  int64_t inner = orepa_event_open(OREPA_EVENT_OP, "inner", 0);
+  orepa_tensor *b = must(orepa_rand(OREPA_FLOAT32, CPU, SHAPE(30)));
+  orepa_tensor *view = must(orepa_slice(b, 0, 3, 5, 1));
+  orepa_tensor *nothing = must(orepa_rand(OREPA_FLOAT32, CPU, SHAPE(0, 4)));
+  orepa_release(must(orepa_rand(OREPA_FLOAT32, CPU, SHAPE(2000))));
+  orepa_event_close(inner, 0);
+  orepa_tensor *c = must(orepa_rand(OREPA_FLOAT64, CPU, SHAPE(7)));
+  orepa_event_close(outer, 0);
+  orepa_release(a);
+  orepa_release(b); /* the view holds its storage */
+  orepa_release(earlier);
+  orepa_trace *trace = orepa_trace_stop();
+  orepa_release(view);
+  orepa_release(nothing);
+  assert_int_equal(event_at(trace, outer)->kept, 7 * 8);
+  assert_int_equal(event_at(trace, inner)->kept, 30 * 4);
+  orepa_trace_free(trace);
+
+  done(orepa_trace_start()); /* events have the same places in the next trace */
+  outer = orepa_event_open(OREPA_EVENT_MODULE, "outer", 0);
+  inner = orepa_event_open(OREPA_EVENT_OP, "inner", 0);
+  orepa_release(c);
+  trace = orepa_trace_stop();
+  assert_int_equal(event_at(trace, outer)->kept, 0);
+  assert_int_equal(event_at(trace, inner)->kept, 0);
+  orepa_trace_free(trace);
+}
+
 static void *elsewhere(void *unused) {
   (void)unused;
   assert_refused(orepa_trace_start(), "under way");
@@ -329,6 +364,7 @@ int main(void) {
       cmocka_unit_test(test_events_nest_in_the_order_in_which_they_begin),
       cmocka_unit_test(test_what_is_left_open_ends_with_what_is_around_it),
       cmocka_unit_test(test_many_events_are_kept),
+      cmocka_unit_test(test_what_has_memory_at_the_end_is_kept_by_the_event_in_which_it_got_it),
       cmocka_unit_test(test_one_thread_is_traced),
       cmocka_unit_test(test_kernels_are_events_and_no_timings),
       cmocka_unit_test(test_timings_and_a_trace_go_together),

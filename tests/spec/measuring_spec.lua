@@ -2,6 +2,7 @@
 
 local orepa = require "orepa"
 local fails = require "tests.spec.fails"
+local process = require "tests.spec.process"
 
 describe("fma_rate", function()
   it("is a rate", function()
@@ -78,9 +79,27 @@ end)
 describe("memory", function()
   it("tells how long Lua's collections took", function()
     local before = orepa.memory()
-    for _ = 1, 40 do orepa.zeros(1 << 20) end
+    for _ = 1, 400 do orepa.zeros(1 << 20) end
     local after = orepa.memory()
     assert(after.collections > before.collections)
     assert(after.collection_seconds > before.collection_seconds)
+  end)
+
+  it("collects the less often the larger Lua's heap is, which a collection walks", function()
+    local text = process.run_text([[
+      local orepa = require "orepa"
+      local function collections(megabytes)
+        collectgarbage()
+        local before = orepa.memory().collections
+        for _ = 1, megabytes do orepa.zeros(1 << 18):add(1) end -- two maps of a megabyte
+        return orepa.memory().collections - before
+      end
+      local few = collections(100)
+      heap = {}
+      for k = 1, 1 << 19 do heap[k] = { k } end -- some 40 MB
+      print(few, collections(100))]], nil, { OREPA_STRESS = "" })
+    local few, fewer = text:match "^(%d+)\t(%d+)\n$"
+    assert(fewer, text)
+    assert(tonumber(few) >= 4 and tonumber(fewer) >= 1 and 2 * tonumber(fewer) < tonumber(few), text)
   end)
 end)

@@ -30,8 +30,9 @@ print(orepa.memory().system)
 ]]
     assert.equal(10, #asked)
     assert.is_true(asked[1] > 100 and asked[2] > asked[1]) -- the first backward pass asks, too
-    assert.is_true(asked[3] <= asked[2] + 2, asked[3]) -- with the base kernels a block or two don't fit what was freed
-    for k = 4, 10 do assert.equal(asked[3], asked[k], ("step %d"):format(k - 1)) end
+    -- A block or two don't fit what was freed: with the base kernels, or where no collection came between two steps.
+    assert.is_true(asked[4] <= asked[2] + 2, asked[4])
+    for k = 5, 10 do assert.equal(asked[4], asked[k], ("step %d"):format(k - 1)) end
   end)
 
   it("counts what kernels use beside their arguments, and tensors to the byte", function()

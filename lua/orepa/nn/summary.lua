@@ -92,29 +92,31 @@ local function run(net, inputs)
       seen.bytes = seen.bytes + t:count() * sizes[t.dtype]
     end, {})
     seen.calls[#seen.calls + 1] = shapes
-    collectgarbage() -- so that what is live at the end of the call is what is in use
   end
   local _ <close> = keep_state(net)
   for _, module in net:named_modules() do rawset(module, "training", true) end
-  collectgarbage()
-  return trace.run(see, function() net(table.unpack(inputs)) end), outputs
+  local t = trace.run(see, function()
+    local results = table.pack(net(table.unpack(inputs)))
+    collectgarbage() -- so that what has memory at the end is in use
+    return results
+  end)
+  return t, outputs
 end
 
 -- ---- adding up ----
 
--- By module: multiply-adds on maps and those of squeezing, without what is inside; and how much more was live after its calls.
+-- By module, without what is inside: multiply-adds on maps, those of squeezing, and the bytes that its calls got and are in use.
 local function costs(t)
   local owners = trace.owners(t)
   local macs, squeeze, kept = {}, {}, {}
   for _, module in ipairs(t.modules) do macs[module], squeeze[module], kept[module] = 0, 0, 0 end
   local module_of = {}
   for k, e in trace.each(t) do
-    if e.kind == "module" then
-      module_of[k] = t.modules[e.number]
-      kept[module_of[k]] = kept[module_of[k]] + e.live_at_end - e.live_at_start
-    elseif e.macs > 0 and owners[k] > 0 then
+    if e.kind == "module" then module_of[k] = t.modules[e.number] end
+    local module = module_of[owners[k]]
+    if module then
       local list = e.op == "squeeze" and squeeze or macs
-      list[module_of[owners[k]]] = list[module_of[owners[k]]] + e.macs
+      list[module], kept[module] = list[module] + e.macs, kept[module] + e.kept
     end
   end
   return macs, squeeze, kept
@@ -165,7 +167,7 @@ local function add_rows(rows, known, module, path, found, gone)
       local goes = gone or left ~= nil and name ~= "se" -- squeeze-excite stays
       local inside = add_rows(rows, known, value, internal.join(path, name), found, goes)
       if inside then
-        add(row, inside, "parameters", "trained", "macs", "squeeze")
+        add(row, inside, "parameters", "trained", "macs", "squeeze", "kept")
         if not goes then add(deployed, inside.deployed, "parameters", "macs") end
       end
     end
@@ -277,8 +279,8 @@ document("nn.summary", [[
   one the squeezed convolution. Biases, norms, activations, additions, pools and everything else count nothing.
   squeeze: multiply-adds of kernels with kernels, once a pass whatever the batch is: O * T * KH * KW * (I / groups) for a 1x1
   from I to T channels before a KH x KW from T to O. Scaling and adding up branches count nothing.
-  bytes: the sizes of its own outputs, those of modules inside left out. kept: by how much the bytes in use grew from the start
-  of a call to its end, garbage collected: what backward needs of it, and its outputs; without gradients, less. A norm's map
+  bytes: the sizes of its own outputs, those of modules inside left out. kept: of tensors that were made in its calls and are in
+  use when the pass is over: what backward needs, and the network's outputs; without gradients, these alone. A norm's map
   counts where it is stored first, which may be in the next module or nowhere; squeezed kernels count, parameters don't.
   deployed: {parameters=, macs=} after net:deploy(), where each block is one convolution with bias and, if it has one, its
   squeeze-excite; what goes has zeros.
