@@ -85,6 +85,7 @@ end
 
 local function restore()
   orepa.set_memory_limit(LIMIT)
+  orepa.set_memory_limit(LIMIT, "ref")
   orepa.set_threads(2)
   assert(orepa.is_grad_enabled(), "gradients are off")
 end
