@@ -5,8 +5,9 @@ local orepa = require "orepa"
 local descriptions = require "tests.spec.descriptions"
 local nn, F, L = orepa.nn, orepa.F, orepa.reparam
 
-local DESCRIPTIONS, PART = 200, 500
-local MANY = os.getenv "OREPA_AGAIN" and 1000 or 10000 -- fewer where the same is run again
+local stressed = os.getenv "OREPA_STRESS" == "gc" -- then a description takes seconds
+local DESCRIPTIONS, PART = stressed and 40 or 200, 500
+local MANY = stressed and DESCRIPTIONS or os.getenv "OREPA_AGAIN" and 1000 or 10000 -- fewer where the same is run again
 local WIDE, NARROW = 1e-10, 3e-5 -- relative errors allowed in float64 and float32
 
 -- ---- comparing ----
