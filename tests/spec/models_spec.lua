@@ -54,6 +54,7 @@ cases[#cases + 1] = { "mobileone_s4", { width = 0.125, mode = "online" } }
 
 local function create(case, more)
   local o = { classes = 5 }
+  if os.getenv "OREPA_STRESS" == "gc" then o.num_blocks = { 1, 1, 1, 1 } end -- each op takes milliseconds then
   for key, value in pairs(case[2]) do o[key] = value end
   for key, value in pairs(more or {}) do o[key] = value end
   return models.create(case[1], o)
