@@ -180,7 +180,8 @@ describe("expand", function()
       it(("a %s%s to %s gives the same logits, trains on and goes to a file and back"):format(deployed and "deployed " or "",
         name, kind), function()
         orepa.manual_seed(2)
-        local net = models.create(name, { reparam = "none", width = 0.125, classes = 5 })
+        local short = os.getenv "OREPA_STRESS" == "gc" and { 1, 1, 1, 1 } or nil -- each op takes milliseconds then
+        local net = models.create(name, { reparam = "none", width = 0.125, classes = 5, num_blocks = short })
         for _ = 1, 4 do net(orepa.randn(4, 3, 33, 32)) end -- statistics
         local x, path = orepa.randn(2, 3, 33, 32), os.tmpname()
         net:eval()
@@ -193,7 +194,7 @@ describe("expand", function()
         for _, part in net:named_modules() do
           if part.plan and not part.plan.plain and part.mode ~= "deploy" then expanded = expanded + 1 end
         end
-        assert(expanded >= 8, expanded)
+        assert(expanded >= (short and 4 or 8), expanded)
         models.save(net, path)
         same("loaded", models.load(path):eval()(x), net(x), 0)
         trains(net, x)
