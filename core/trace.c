@@ -10,13 +10,12 @@
 struct orepa_trace {
   orepa_event *events;
   int64_t count, capacity, lost;
-  int64_t open;   /* the innermost event that is; -1: none */
-  int64_t before; /* the events of earlier traces: those of all have numbers */
+  int64_t open; /* the innermost event that is; -1: none */
 };
 
 static atomic_bool under_way;
 static _Thread_local orepa_trace *current;
-static int64_t numbered; /* events of all traces that are over; whoever has the one under way looks at it */
+static int64_t earlier; /* events of the traces that are over; whoever has the one under way looks at it */
 
 int orepa_trace_start(void) {
   orepa_trace *trace = calloc(1, sizeof *trace);
@@ -27,7 +26,6 @@ int orepa_trace_start(void) {
     return error_set("trace: one is under way already, and they do not nest");
   }
   trace->open = -1;
-  trace->before = numbered;
   current = trace;
   timings_want(TIMINGS_TRACE, true);
   return 0;
@@ -43,7 +41,7 @@ orepa_trace *orepa_trace_stop(void) {
   orepa_event_close(outermost, 0);
   timings_want(TIMINGS_TRACE, false);
   current = NULL;
-  numbered += trace->count;
+  earlier += trace->count;
   atomic_store(&under_way, false);
   return trace;
 }
@@ -119,12 +117,12 @@ int64_t trace_memory_got(size_t bytes) {
   if (!orepa_is_traced() || current->open < 0)
     return 0;
   current->events[current->open].kept += bytes;
-  return current->before + current->open + 1;
+  return earlier + current->open + 1;
 }
 
 void trace_memory_given_back(int64_t mark, size_t bytes) {
-  if (mark && orepa_is_traced() && mark > current->before)
-    current->events[mark - current->before - 1].kept -= bytes;
+  if (orepa_is_traced() && mark > earlier)
+    current->events[mark - earlier - 1].kept -= bytes;
 }
 
 /* ---- asking ---- */

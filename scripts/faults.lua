@@ -6,7 +6,7 @@ local function derivative(name, from, to)
   return { name .. ": its derivative", "core/elementwise.h", from, to, "test_gradients_elementwise" }
 end
 
-return {
+local faults = {
   -- ---- backward functions: a sign, a missing term, a wrong index
   derivative("add", "a + b, PASSES, dy, PASSES, dy", "a + b, PASSES, dy, 0, -dy"),
   derivative("sub", "PASSES, dy, 0, -dy, NO_GRADIENT", "PASSES, dy, 0, dy, NO_GRADIENT"),
@@ -158,3 +158,16 @@ return {
   { "topk: one too few are looked at", "core/cpu/kernels/sort.c", "(key & known) <= limit", "(key & known) < limit",
     "test_cpu_sort" },
 }
+
+-- The text of a fault's file in the tree under `root`, and where the piece stands in it, which is once.
+function faults.place(fault, root)
+  local name, path, from = fault[1], fault[2], fault[3]
+  local file <close> = io.open(root .. "/" .. path, "rb") or error(("%s: there is no file %s"):format(name, path))
+  local text = file:read "a"
+  local first, last = text:find(from, 1, true)
+  if not first then error(("%s: '%s' does not stand in %s"):format(name, from, path)) end
+  if text:find(from, last + 1, true) then error(("%s: '%s' stands twice in %s"):format(name, from, path)) end
+  return text, first, last
+end
+
+return faults

@@ -30,8 +30,7 @@ typedef struct {
   double start, end; /* on orepa_clock */
   int64_t macs;      /* multiply-adds: of a kernel of convolutions, matrix products or squeezing; else 0 */
   size_t bytes;      /* of an op's result, whether it is in memory yet or not */
-  size_t
-      kept; /* of tensors that got their memory in it, inner events apart, and have it still, at the end of the trace */
+  size_t kept;       /* of tensors that got memory in it, inner events apart, and have it at the end of the trace */
   size_t live_at_start, live_at_end;     /* orepa_memory_live */
   uint64_t nodes_at_start, nodes_at_end; /* how many nodes were made before: which are made inside */
 } orepa_event;

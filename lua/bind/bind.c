@@ -157,7 +157,8 @@ void bind_stress(lua_State *L) {
 
 void bind_collect(lua_State *L) {
   bind_note_place(L);
-  if (stressed || (double)orepa_memory_live() > 1.05 * left + (16 << 20) + (double)heap_bytes(L))
+  double lost = (double)orepa_memory_live() - 1.05 * left - (16 << 20);
+  if (stressed || (lost > 0 && lost > (double)heap_bytes(L)))
     collect(L);
 }
 

@@ -9,12 +9,9 @@ describe("each fault", function()
   it("stands in its file once, and changes it", function()
     assert(#faults >= 40)
     for _, fault in ipairs(faults) do
-      local name, file, from, to = table.unpack(fault)
-      local text = process.read(root .. file)
-      local _, last = text:find(from, 1, true)
-      assert(last, ("%s: '%s' does not stand in %s"):format(name, from, file))
-      assert(not text:find(from, last + 1, true), ("%s: '%s' stands twice in %s"):format(name, from, file))
-      assert(from ~= to, name)
+      local text, first, last = faults.place(fault, root) -- an error unless it stands there, and once
+      assert.equal(fault[3], text:sub(first, last))
+      assert(fault[3] ~= fault[4], fault[1])
     end
   end)
 
